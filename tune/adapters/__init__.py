@@ -1,0 +1,1 @@
+"""Adapters: what is injected into a base, how it is saved and read, and the gate that checks it is all there."""

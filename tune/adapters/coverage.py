@@ -1,0 +1,139 @@
+"""What is quantised and what is adapted, counted in the model as it stands, and the gate before the first step.
+
+A library that is asked for 4-bit quantises the layers it knows and says nothing of the rest; one that is asked for
+LoRA on a name adapts what matches and says nothing of what does not. Here the loaded model is counted against the
+recipe's claim, and training does not start when they differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from tune.adapters.lora import linears
+from tune.errors import ModelError
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """All layers of one name, such as `q_proj`."""
+
+    name: str
+    layers: int
+    quantized: int
+    adapted: int
+    bytes: int
+    """Of the frozen weights, as stored, quantisation constants included."""
+    adapter_parameters: int
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """The start-up table."""
+
+    kinds: tuple[Kind, ...]
+    storage: str
+    """`nf4`, or the dtype of the weights."""
+    claimed: int
+    """Modules that the recipe says are adapted."""
+    frozen_bytes: int
+    """Everything frozen: the layers above, embeddings, norms and the output head."""
+    adapter_parameters: int
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """The literal lines that end the table."""
+        total = sum(kind.layers for kind in self.kinds)
+        stored = sum(kind.quantized for kind in self.kinds) if self.storage == "nf4" else total
+        adapted = sum(kind.adapted for kind in self.kinds)
+        return (f"linears {stored}/{total} {self.storage}", f"adapted {adapted}/{self.claimed}")
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of coverage.json."""
+        return {**asdict(self), "lines": list(self.lines)}
+
+
+def _stored_bytes(module: nn.Module) -> int:
+    total = 0
+    for parameter in module.parameters(recurse=False):
+        total += parameter.numel() * parameter.element_size()
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            total += sum(
+                value.numel() * value.element_size() for value in state.as_dict(packed=True).values() if hasattr(value, "numel")
+            )
+    return total
+
+
+def check_coverage(model: nn.Module, claimed: Mapping[str, int], quantization: str) -> Coverage:
+    """Count what `model` (after injection) quantises and adapts, and refuse what falls short of the recipe.
+
+    Args:
+        model: the base with the adapter injected in place.
+        claimed: the rank of each module that the recipe adapts, by name.
+        quantization: the recipe's `model.quantization`.
+
+    Raises:
+        ModelError: a linear layer is not 4-bit though the recipe says nf4, or a claimed module carries no trainable
+            adapter of its rank; the message names the modules.
+    """
+    import bitsandbytes as bnb
+    from peft.tuners.lora import LoraLayer
+
+    adapters = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    layers = {name.removesuffix(".base_layer"): m for name, m in linears(model).items() if not _inside_adapter(name)}
+    unquantized = [
+        name
+        for name, module in layers.items()
+        if not (isinstance(module, bnb.nn.Linear4bit) and getattr(module.weight, "quant_state", None) is not None)
+    ]
+    if quantization == "nf4" and unquantized:
+        raise ModelError(_shortfall("model.quantization: nf4", "linear layers stayed unquantised", unquantized))
+    unadapted = [name for name, rank in claimed.items() if not _trains(adapters.get(name), rank)]
+    if unadapted:
+        raise ModelError(_shortfall("adapter.targets", "layers carry no trainable adapter", unadapted))
+
+    kinds = []
+    for last in dict.fromkeys(name.rsplit(".", 1)[-1] for name in layers):
+        names = [name for name in layers if name.rsplit(".", 1)[-1] == last]
+        kinds.append(
+            Kind(
+                name=last,
+                layers=len(names),
+                quantized=len(set(names) - set(unquantized)),
+                adapted=len(set(names) & adapters.keys()),
+                bytes=sum(_stored_bytes(layers[name]) for name in names),
+                adapter_parameters=sum(_trained(adapters[name]) for name in names if name in adapters),
+            )
+        )
+    dtype = str(next(iter(layers.values())).weight.dtype).removeprefix("torch.")
+    return Coverage(
+        kinds=tuple(kinds),
+        storage="nf4" if quantization == "nf4" else dtype,
+        claimed=len(claimed),
+        frozen_bytes=sum(_stored_bytes(module) for name, module in model.named_modules() if not _inside_adapter(name)),
+        adapter_parameters=_trained(model),
+    )
+
+
+def _inside_adapter(name: str) -> bool:
+    return ".lora_" in name
+
+
+def _trained(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+
+
+def _trains(layer: Any, rank: int) -> bool:
+    if layer is None or not layer.active_adapters:
+        return False
+    name = layer.active_adapters[0]
+    return layer.r.get(name) == rank and layer.lora_A[name].weight.requires_grad and layer.lora_B[name].weight.requires_grad
+
+
+def _shortfall(key: str, words: str, names: list[str]) -> str:
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return f"{key}: {len(names)} {words}: {shown}. Nothing was trained."

@@ -1,0 +1,1 @@
+"""The command line: the only rooms that print. Each verb imports what it needs when it is called."""

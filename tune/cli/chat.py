@@ -1,0 +1,51 @@
+"""`tune chat`."""
+
+from __future__ import annotations
+
+import sys
+
+from tune.cli.generate import write
+from tune.data.conversation import Message
+
+
+def chat(run: str, adapter: bool, system: str | None, max_new_tokens: int, temperature: float, quiet: bool) -> None:
+    """Take turns until the input ends. `/new` forgets the conversation, `/base` and `/adapter` choose who answers."""
+    from tune.evaluation.generate import load_run
+    from tune.folder import folder_of
+
+    folder_of(run)  # a wrong name is told before anything is loaded
+    if not quiet:
+        print("loading ...", flush=True)
+    loaded = load_run(run)
+    if not quiet:
+        print("Write a message and press Enter. /new starts over, /base and /adapter switch, /quit or Ctrl-D leaves.")
+    turns: list[Message] = []
+    while True:
+        said = _ask("base> " if not adapter else "you> ")
+        if said is None or said == "/quit":
+            return
+        if said in ("/base", "/adapter"):
+            adapter = said == "/adapter"
+        elif said == "/new":
+            turns = []
+        elif said:
+            turns.append(Message("user", said))
+            answer = loaded.answer(
+                turns,
+                adapter=adapter,
+                system=system,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                on_text=write,
+            )
+            print(flush=True)
+            turns.append(Message("assistant", answer))
+
+
+def _ask(prompt: str) -> str | None:
+    try:
+        return input(prompt if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        if sys.stdin.isatty():
+            print()
+        return None

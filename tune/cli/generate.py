@@ -1,0 +1,33 @@
+"""`tune generate`."""
+
+from __future__ import annotations
+
+import sys
+
+from tune.errors import RunError
+
+
+def generate(
+    run: str, prompt: str, adapter: bool, system: str | None, max_new_tokens: int, temperature: float, quiet: bool
+) -> None:
+    """Print the answer as it comes."""
+    if not prompt.strip():
+        raise RunError("PROMPT is empty. Write what is to be answered, in quotes.")
+    from tune.evaluation.generate import load_run
+
+    loaded = load_run(run)
+    loaded.answer(
+        prompt,
+        adapter=adapter,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        on_text=write,
+    )
+    print()
+
+
+def write(text: str) -> None:
+    """Print a piece of an answer at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()

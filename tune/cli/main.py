@@ -1,0 +1,156 @@
+"""The verbs and their options. Nothing heavy is imported until a verb needs it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from tune import __version__
+from tune.errors import TuneError
+
+app = typer.Typer(
+    name="tune",
+    help="Fine-tune Mistral and its relatives in 4-bit from one recipe.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe, such as train.learning_rate=1e-4."),
+]
+RunPath = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or one of its checkpoints.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")]
+System = Annotated[str | None, typer.Option("--system", help="The system prompt.")]
+NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")]
+Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token each time.")]
+WithoutAdapter = Annotated[bool, typer.Option("--without-adapter", help="Let the base answer, for comparison.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"tune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Fine-tune Mistral and its relatives in 4-bit from one recipe."""
+
+
+@app.command()
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train the adapter that a recipe describes."""
+    from tune.cli.train import train
+
+    train(recipe, overrides or [], resume, quiet)
+
+
+@app.command()
+def check(recipe: RecipePath, overrides: Overrides = None, quiet: Quiet = False) -> None:
+    """Check recipe and data without loading weights: rows, tokens, what is trained on, what is wrong."""
+    from tune.cli.check import check
+
+    check(recipe, overrides or [], quiet)
+
+
+@app.command()
+def preview(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    examples: Annotated[int, typer.Option("-n", min=1, help="How many examples.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="One object a line: ids, tokens, trained.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show examples as the model sees them, with the tokens that are trained on marked."""
+    from tune.cli.preview import preview
+
+    preview(recipe, overrides or [], examples, as_json, quiet)
+
+
+@app.command()
+def generate(
+    run: RunPath,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to answer.")],
+    without_adapter: WithoutAdapter = False,
+    system: System = None,
+    max_new_tokens: NewTokens = 256,
+    temperature: Temperature = 0.0,
+    quiet: Quiet = False,
+) -> None:
+    """Answer one prompt with a trained adapter, or with the base under it."""
+    from tune.cli.generate import generate
+
+    generate(run, prompt, not without_adapter, system, max_new_tokens, temperature, quiet)
+
+
+@app.command()
+def chat(
+    run: RunPath,
+    without_adapter: WithoutAdapter = False,
+    system: System = None,
+    max_new_tokens: NewTokens = 512,
+    temperature: Temperature = 0.0,
+    quiet: Quiet = False,
+) -> None:
+    """Talk to a trained adapter, or to the base under it."""
+    from tune.cli.chat import chat
+
+    chat(run, not without_adapter, system, max_new_tokens, temperature, quiet)
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A shipped recipe.")] = None,
+    copy: Annotated[bool, typer.Option("--copy", help="Copy it into this folder.")] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of a recipe.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """List the shipped recipes, print one, or copy it here."""
+    from tune.cli.recipes import recipes
+
+    recipes(name, copy, schema)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and end the process with the its exit code: 0, 1, 2, 3, 130 or 143."""
+    sys.exit(_run(arguments))
+
+
+# Typer carries its own copy of click in newer releases; its public names lead to the base of every usage error.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+def _run(arguments: list[str] | None) -> int:
+    try:
+        code = app(args=arguments, prog_name="tune", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except TuneError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except _UsageError as error:
+        error.show()  # type: ignore[attr-defined]
+        return 2
+    except (typer.Abort, KeyboardInterrupt):
+        print("stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has gone (`tune preview | head`); Python would complain again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

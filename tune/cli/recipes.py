@@ -1,0 +1,58 @@
+"""`tune recipes`: the shipped recipes, one of them, or the JSON Schema."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tune.errors import RecipeError, did_you_mean
+
+
+def recipes(name: str | None = None, copy: bool = False, schema: bool = False) -> None:
+    """List the shipped recipes, print or copy the one called `name`, or print the JSON Schema.
+
+    Raises RecipeError for an unknown name, for `copy` without a name, and where a copy would overwrite a file.
+    """
+    # Imported here, as every verb's rooms are, so that `tune --help` pays for none of them.
+    from tune.recipe.load import json_schema, shipped_recipes
+
+    if schema:
+        print(json.dumps(json_schema(), indent=2))
+        return
+    shipped = shipped_recipes()
+    if name is None:
+        if copy:
+            raise RecipeError(
+                f"--copy: needs a name. Write `tune recipes NAME --copy`; there are {', '.join(shipped)}."
+            )
+        width = max(map(len, shipped), default=0)
+        for stem, path in shipped.items():
+            print(f"{stem:<{width}}  {_description(path)}")
+        return
+    stem = name.removesuffix(".yaml")
+    if stem not in shipped:
+        raise RecipeError(
+            f"{name}: is not a shipped recipe. There are {', '.join(shipped)}.{did_you_mean(stem, shipped)}"
+        )
+    if copy:
+        _copy(shipped[stem])
+    else:
+        print(shipped[stem].read_text(encoding="utf-8"), end="")
+
+
+def _description(path: Path) -> str:
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    return first.removeprefix("#").strip()
+
+
+def _copy(source: Path) -> None:
+    target = Path(source.name)
+    try:
+        # Exclusive creation: a recipe that someone has edited is never lost, not even to a race.
+        with open(target, "x", encoding="utf-8") as file:
+            file.write(source.read_text(encoding="utf-8"))
+    except FileExistsError:
+        raise RecipeError(f"{target}: exists already and is not overwritten. Move it, or copy elsewhere.") from None
+    except OSError as error:
+        raise RecipeError(f"{target}: cannot be written ({error.strerror}). Choose another folder.") from None
+    print(f"{target} is here. Next: tune train {target}")

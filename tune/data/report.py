@@ -1,0 +1,113 @@
+"""What came of the data: the numbers that `tune check` prints and a run records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from tune.data.encode import Examples
+
+
+@dataclass(frozen=True, slots=True)
+class SourceReport:
+    """One source of `data.train` or `data.eval`. Lengths and tokens are those of the examples kept."""
+
+    path: str
+    part: Literal["train", "eval"]
+    format: str
+    """The format that the rows were read as; with auto, the one detected."""
+    template: str
+    rows: int
+    """Rows read, bad ones included."""
+    examples: int
+    tokens: int
+    trained: int
+    """Tokens trained on."""
+    truncated: int
+    """Examples cut at data.max_length."""
+    dropped_long: int
+    dropped_bad: int
+    dropped_untrained: int
+    """Rows dropped since no token of theirs would be trained on."""
+    duplicates: int
+    """Examples whose tokens another example of the same part has as well, counted without the first."""
+    length_p50: int
+    length_p95: int
+    length_max: int
+
+    @property
+    def trained_share(self) -> float:
+        """Trained tokens over all tokens."""
+        return self.trained / self.tokens if self.tokens else 0.0
+
+    @property
+    def truncated_share(self) -> float:
+        """Truncated examples over all examples."""
+        return self.truncated / self.examples if self.examples else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """All sources in the recipe's order, those of `data.train` first."""
+
+    sources: tuple[SourceReport, ...]
+    train_examples: int
+    train_tokens: int
+    train_trained: int
+    eval_examples: int
+    eval_tokens: int
+    eval_trained: int
+    duplicates: int
+    """Training examples that an earlier training example equals, token for token."""
+    shared: int
+    """Held-out examples that a training example equals, token for token."""
+    unended: int
+    """Training examples, cut ones aside, whose last trained token is no special token."""
+    eval_asked: bool
+    """Whether the recipe asked for held-out data."""
+
+    def warnings(self) -> list[str]:
+        """What looks wrong, in words, the remedy included."""
+        found = []
+        for source in self.sources:
+            where = f"{source.path} ({source.part})"
+            if source.truncated_share > 0.2:
+                found.append(
+                    f"{where}: {source.truncated_share:.0%} of the examples are cut at data.max_length. "
+                    f"The longest kept whole would need more; half have at most {source.length_p50} tokens."
+                )
+            if source.tokens and source.trained_share < 0.05:
+                found.append(
+                    f"{where}: only {source.trained_share:.1%} of the tokens are trained on. "
+                    "Look at `tune preview`: are the answers where they should be?"
+                )
+            dropped = source.dropped_bad + source.dropped_untrained + source.dropped_long
+            if dropped:
+                found.append(f"{where}: {dropped} of {source.rows} rows are dropped.")
+        if self.duplicates:
+            found.append(f"{self.duplicates} of {self.train_examples} training examples repeat an earlier one exactly.")
+        if self.shared:
+            found.append(
+                f"{self.shared} of {self.eval_examples} held-out examples are in the training data as well: "
+                "the held-out loss will look better than it is. Take them out of one of the two."
+            )
+        if self.unended:
+            found.append(
+                f"{self.unended} training examples end without an end-of-turn token that is trained: the model may not "
+                "learn to stop. Put the end token inside the template's {% generation %} block."
+            )
+        if self.eval_asked and not self.eval_examples:
+            found.append("data.eval: the fraction is too small for these rows; nothing is held out.")
+        return found
+
+
+def lengths_of(examples: Examples) -> tuple[int, int, int]:
+    """Median, 95th percentile and maximum of the examples' lengths, in tokens; zeros without examples."""
+    if not len(examples):
+        return 0, 0, 0
+    lengths = examples.lengths
+    median, high = np.percentile(lengths, [50, 95], method="nearest")
+    return int(median), int(high), int(lengths.max())

@@ -1,0 +1,74 @@
+"""From the name in a recipe to a template bound to the tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tune.data.templates import TEMPLATES
+from tune.data.templates.jinja_template import JinjaTemplate
+from tune.data.templates.segment import Template
+from tune.errors import DataError, did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def resolve_template(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
+    """The template of this name, bound to the tokenizer and checked against it.
+
+    `auto` is the tokenizer's own chat template if it has one, else alpaca; `tokenizer` is its own; a path that
+    ends in `.jinja` is read.
+
+    Raises:
+        DataError: an unknown name, a missing file, no chat template, or control tokens that the tokenizer lacks.
+    """
+    own = _own(tokenizer)
+    if name == "auto":
+        name = "tokenizer" if own is not None else "alpaca"
+    template: Template
+    if name == "tokenizer":
+        if own is None:
+            raise DataError(
+                "template tokenizer: the tokenizer has no chat template of its own. "
+                f"Set data.template to one of {', '.join(TEMPLATES)}."
+            )
+        template = JinjaTemplate("tokenizer", own)
+    elif name.endswith(".jinja"):
+        template = JinjaTemplate(name, _read(name))
+    elif name in TEMPLATES:
+        template = TEMPLATES[name]
+    else:
+        known = [*TEMPLATES, "auto", "tokenizer"]
+        raise DataError(
+            f"template {name!r} is not known. Use {', '.join(known)} or a path to a .jinja file."
+            f"{did_you_mean(name, known)}"
+        )
+    template = template.bind(tokenizer)
+    template.check_tokenizer(tokenizer)
+    return template
+
+
+def _own(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The tokenizer's default chat template; a tokenizer may have several by name."""
+    chat_template = tokenizer.chat_template
+    if isinstance(chat_template, dict):
+        chat_template = chat_template.get("default")
+    return chat_template or None
+
+
+def _read(name: str) -> str:
+    path = Path(name).expanduser()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise DataError(f"template {name}: there is no such file.{did_you_mean(path.name, names)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"template {name}: cannot be read as text ({error}).") from None
+    if "generation" not in text:
+        raise DataError(
+            f"template {name}: has no {{% generation %}} blocks, so nothing says what is trained. "
+            "Put {% generation %} … {% endgeneration %} around the answer and its end token."
+        )
+    return text

@@ -1,0 +1,1 @@
+"""What a model makes of held-out data and of a prompt."""

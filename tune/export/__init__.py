@@ -1,0 +1,1 @@
+"""What leaves a run: for now, the card beside its adapter."""

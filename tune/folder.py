@@ -1,0 +1,214 @@
+"""A run's folder: its paths, its lock, its finished mark, and which checkpoint to go on from.
+
+Everything that appears under its final name is whole: files are written beside their place, flushed to the disk
+and renamed; folders likewise. The lock is an flock on an open file, so that it dies with its process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tune.errors import RunError
+
+_STEP = re.compile(r"step-(\d{6,})")
+MANIFEST = "manifest.json"
+"""In every checkpoint: the SHA-256 of each of its files."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """The paths of one run."""
+
+    root: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.root / "recipe.yaml"
+
+    @property
+    def coverage(self) -> Path:
+        return self.root / "coverage.json"
+
+    @property
+    def adapter(self) -> Path:
+        return self.root / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def finished(self) -> Path:
+        return self.root / "finished.json"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step:06d}"
+
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint folder, ascending."""
+        if not self.checkpoints.is_dir():
+            return []
+        found = (_STEP.fullmatch(path.name) for path in self.checkpoints.iterdir() if path.is_dir())
+        return sorted(int(match[1]) for match in found if match)
+
+    def read_finished(self) -> dict[str, Any] | None:
+        """The summary of a finished run, or None."""
+        if not self.finished.is_file():
+            return None
+        summary: dict[str, Any] = json.loads(self.finished.read_text(encoding="utf-8"))
+        return summary
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for this process; the folder is made if needed.
+
+        Raises:
+            RunError: another process holds it, or the folder cannot be written.
+        """
+        with explain_os_errors(self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+            handle = open(self.root / ".lock", "a")  # noqa: SIM115  held for the whole run
+        with handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunError(
+                    f"{self.root}: another process is training here. Wait for it, or give this run another output."
+                ) from None
+            self._sweep()
+            yield
+
+    def _sweep(self) -> None:
+        """Remove what a killed process left half written."""
+        for folder in (self.root, self.checkpoints):
+            for path in folder.glob(".unfinished-*"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def folder_of(path: str | Path) -> tuple[RunFolder, Path]:
+    """Return the run that `path` means (a run folder or one of its checkpoints), and the adapter folder in it.
+
+    Raises:
+        RunError: there is no run, or nothing of it to use yet.
+    """
+    given = Path(path).expanduser()
+    if not given.exists():
+        raise RunError(f"{path}: no such run. Give a run folder such as runs/quickstart, or one of its checkpoints.")
+    if given.parent.name == "checkpoints" and _STEP.fullmatch(given.name):
+        return RunFolder(given.parent.parent), given
+    run = RunFolder(given)
+    if not run.recipe.is_file():
+        raise RunError(f"{path}: not a run folder (it holds no recipe.yaml). Give one that `tune train` made.")
+    if run.adapter.is_dir():
+        return run, run.adapter
+    steps = run.steps()
+    if not steps:
+        raise RunError(f"{path}: this run has no adapter and no checkpoint yet. Finish it with --resume.")
+    return run, run.checkpoint(steps[-1])
+
+
+@contextlib.contextmanager
+def explain_os_errors(path: Path, remedy: str = "") -> Iterator[None]:
+    """Turn what a user can mend (no space, no permission, a read-only or vanished disk) into a RunError."""
+    words = {
+        errno.ENOSPC: "no space left on the device. Free some",
+        errno.EDQUOT: "the disk quota is used up. Free some space",
+        errno.EACCES: "no permission to write. Change the permissions or the recipe's output",
+        errno.EPERM: "writing is not permitted. Change the recipe's output",
+        errno.EROFS: "the file system is read-only. Change the recipe's output",
+        errno.ENOTDIR: "a part of this path is a file, not a folder. Change the recipe's output",
+        errno.EEXIST: "a file is in the way. Change the recipe's output",
+        errno.ENAMETOOLONG: "the name is too long. Change the recipe's output",
+        errno.EIO: "the device reports an input/output error. Check the disk",
+        errno.ESTALE: "the network file system has gone. Mount it again",
+    }
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in words:
+            raise
+        ending = f", then {remedy}." if remedy else "."
+        raise RunError(f"{error.filename or path}: {words[error.errno]}{ending}") from error
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, content: bytes | str) -> None:
+    """Write a whole file under its name, or nothing."""
+    data = content.encode() if isinstance(content, str) else content
+    descriptor, name = tempfile.mkstemp(prefix=".unfinished-", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+        _flush(path.parent)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write_folder(path: Path, files: Mapping[str, bytes | str], manifest: bool = False) -> None:
+    """Write a whole folder under its name, or nothing; one already there is replaced.
+
+    With `manifest`, a file of that name holds the SHA-256 of every other, for `whole`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=path.parent))
+    try:
+        os.chmod(new, 0o755)
+        data = {name: content.encode() if isinstance(content, str) else content for name, content in files.items()}
+        if manifest:
+            digests = {name: hashlib.sha256(content).hexdigest() for name, content in data.items()}
+            data[MANIFEST] = (json.dumps(digests, indent=1) + "\n").encode()
+        for name, content in data.items():
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
+            with open(new / name, "wb") as handle:
+                handle.write(content)
+                handle.flush()
+                os.fsync(handle.fileno())
+        _flush(new)
+        if path.exists():
+            old = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=path.parent))
+            os.replace(path, old / "old")
+            os.replace(new, path)
+            shutil.rmtree(old)
+        else:
+            os.replace(new, path)
+        _flush(path.parent)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+
+
+def whole(path: Path) -> bool:
+    """Whether a folder written with a manifest is still as it was written."""
+    try:
+        digests: dict[str, str] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        return all(hashlib.sha256((path / name).read_bytes()).hexdigest() == digest for name, digest in digests.items())
+    except (OSError, ValueError, AttributeError):
+        return False

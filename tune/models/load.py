@@ -1,0 +1,160 @@
+"""Load a base model, streamed and quantised, through transformers.
+
+Each tensor is read from safetensors and packed before the next one is: the process never holds the model in
+16 bit. After loading, two things are made certain that a library would leave open: that no 4-bit layer repacks
+itself for inference (see `_keep_weights_packed`), and whether the model keeps packed examples apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+import tune.kernels  # noqa: F401  imports bitsandbytes quietly, before transformers does
+from tune.errors import ModelError
+from tune.models.catalog import family_of
+from tune.models.hub import explain, read_config
+from tune.recipe import schema
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedBase:
+    """A frozen base model, in evaluation mode, with what was found out about it."""
+
+    model: Any
+    """The transformers causal language model."""
+    config: Any
+    packs: bool
+    """Whether several examples in one row, told apart by position ids alone, do not see each other."""
+    attention: str
+    """The attention implementation that transformers chose, such as `sdpa`."""
+
+
+def check_supported(section: schema.Model, config: Any) -> None:
+    """Refuse, from the config alone, what this version does not build.
+
+    Raises:
+        ModelError: a mixture of experts, whose experts would silently stay in 16 bit and unadapted.
+    """
+    family = family_of(config)
+    moe = bool(getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None))
+    if (family is not None and family.experts) or moe:
+        raise ModelError(
+            f"model.base: {section.base} is a mixture of experts ({config.model_type}). This version does not "
+            "quantise or adapt experts, and does not train with part of a model left out. Use a dense base, such as "
+            "mistralai/Mistral-7B-v0.1."
+        )
+
+
+def load_base(section: schema.Model, device: torch.device) -> LoadedBase:
+    """Load `section.base` onto `device`, in NF4 with double quantisation or as it is.
+
+    Args:
+        section: the recipe's `model`.
+        device: where the weights go.
+
+    Raises:
+        ModelError: the base cannot be found, read, permitted or used; nothing is left half loaded.
+    """
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.utils import logging as transformers_logging
+
+    config = read_config(section.base, section.revision, section.trust_remote_code)
+    check_supported(section, config)
+    dtype = getattr(torch, section.dtype)
+    quantization = None
+    if section.quantization == "nf4":
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    transformers_logging.disable_progress_bar()
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # what it would warn about is checked, and said, below
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            section.base,
+            config=config,
+            revision=section.revision,
+            trust_remote_code=section.trust_remote_code,
+            dtype=dtype,
+            quantization_config=quantization,
+            device_map={"": device},
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except torch.OutOfMemoryError as error:
+        raise ModelError(f"model.base: {section.base} does not fit into the memory of {device}.") from error
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        raise ModelError(_unreadable(section.base, error)) from error
+    finally:
+        transformers_logging.set_verbosity(level)
+    _check_complete(section.base, info)
+    model.requires_grad_(False)
+    model.eval()
+    _keep_weights_packed(model)
+    return LoadedBase(model, config, keeps_examples_apart(model), str(model.config._attn_implementation))
+
+
+def _unreadable(base: str, error: Exception) -> str:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if isinstance(error, HfHubHTTPError):
+        return f"model.base: {explain(error, base)}"
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return f"model.base: the weights of {base} cannot be read ({first}). The download or copy may be incomplete."
+
+
+def _check_complete(base: str, info: dict[str, Any]) -> None:
+    missing = sorted(info.get("missing_keys", ()))
+    mismatched = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in info.get("mismatched_keys", ()))
+    for words, names in (("lacks", missing), ("has the wrong shape for", mismatched)):
+        if names:
+            raise ModelError(
+                f"model.base: the checkpoint of {base} {words} {len(names)} tensors of the model its config.json "
+                f"describes, such as {names[0]}. It is incomplete, or belongs to another config."
+            )
+
+
+def _keep_weights_packed(model: torch.nn.Module) -> None:
+    """Switch off the inference repacking of 4-bit layers, which destroys gradients.
+
+    On a CPU with AVX512-bf16 the first forward in evaluation mode without gradients rewrites a layer's weight into
+    an inference layout; from then on its input gets a wrong gradient, in the adapter's disabled path too.
+    """
+    import bitsandbytes as bnb
+
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+@torch.no_grad()
+def keeps_examples_apart(model: Any) -> bool:
+    """Probe whether examples packed into one row, told apart by position ids alone, stay independent.
+
+    Two rows hold the same second example behind different first ones. Its logits must be bit-equal, and must agree
+    with those of the example alone. Falcon and BLOOM fail this; they get one example a row.
+    """
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    device = model.get_input_embeddings().weight.device
+    first, other, second = (torch.randint(vocabulary, (length,), generator=generator) for length in (5, 5, 6))
+
+    def logits(*examples: Tensor) -> Tensor:
+        ids = torch.cat(examples)[None].to(device)
+        positions = torch.cat([torch.arange(len(example)) for example in examples])[None].to(device)
+        out: Tensor = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        return out[0, -len(second) :].float()
+
+    try:
+        one, two, alone = logits(first, second), logits(other, second), logits(second)
+    except TypeError:  # the model takes no position ids, so nothing could keep its examples apart
+        return False
+    return torch.equal(one, two) and float((one - alone).norm() / alone.norm()) < 0.05

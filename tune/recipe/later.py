@@ -1,0 +1,93 @@
+"""What a recipe may ask for and this version does not build yet.
+
+The schema is the whole contract from the start, so that a recipe written today stays valid. An entry below is deleted
+when the thing it names is built; an empty list means that nothing is promised in vain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from tune.recipe.fields import FORMATS, TEMPLATES
+from tune.recipe.schema import Recipe, Source
+
+
+class Later(NamedTuple):
+    """`asks` tells whether a recipe needs the thing; `key` and `words` say where and what instead."""
+
+    asks: Callable[[Recipe], bool]
+    key: str
+    words: str
+
+
+FORMATS_LATER: tuple[str, ...] = ("prompt_completion", "question_answer", "text")
+TEMPLATES_LATER: tuple[str, ...] = ("koala", "mistral-v2", "llama-2", "codellama", "zephyr", "falcon", "plain")
+
+_ADAPT_REST = "Adapt attention, and on a dense model mlp."
+
+_SINGLE: tuple[Later, ...] = (
+    Later(
+        lambda recipe: "experts" in recipe.adapter.targets,
+        "adapter.targets",
+        f"experts are not adapted in this version. {_ADAPT_REST}",
+    ),
+    Later(
+        lambda recipe: "router" in recipe.adapter.targets,
+        "adapter.targets",
+        f"a router is not adapted in this version. {_ADAPT_REST}",
+    ),
+    Later(
+        lambda recipe: recipe.router.train == "full",
+        "router.train",
+        "a router does not train in full in this version. Write frozen.",
+    ),
+    Later(
+        lambda recipe: recipe.push.repo is not None,
+        "push.repo",
+        "publishing is not in this version. Remove it; the adapter's folder can be uploaded as it is.",
+    ),
+    Later(
+        lambda recipe: recipe.train.recompute == "experts",
+        "train.recompute",
+        "recomputing around the experts is not in this version. Write auto, none or full.",
+    ),
+    Later(
+        lambda recipe: recipe.data.add_tokens,
+        "data.add_tokens",
+        "adding tokens is not in this version. Choose a template whose tokens the tokenizer has.",
+    ),
+)
+
+
+def _sources(recipe: Recipe) -> Iterator[tuple[str, Source]]:
+    for key, sources in (("data.train", recipe.data.train), ("data.eval", recipe.data.eval)):
+        if isinstance(sources, tuple):
+            for index, source in enumerate(sources):
+                yield f"{key}[{index}]", source
+
+
+def _templates(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    yield "data.template", recipe.data.template
+    for key, source in _sources(recipe):
+        if source.template is not None:
+            yield f"{key}.template", source.template
+
+
+def refusals(recipe: Recipe) -> list[str]:
+    """Return `key: words` for each thing that `recipe` asks for and this version does not build."""
+    found = [f"{later.key}: {later.words}" for later in _SINGLE if later.asks(recipe)]
+    formats = [name for name in FORMATS if name not in FORMATS_LATER]
+    for key, source in _sources(recipe):
+        if source.format in FORMATS_LATER:
+            words = f"the format {source.format} is not in this version. Write one of {', '.join(formats)}."
+            found.append(f"{key}.format: {words}")
+    templates = [name for name in TEMPLATES if name not in TEMPLATES_LATER]
+    for key, name in _templates(recipe):
+        if name in TEMPLATES_LATER:
+            words = f"the template {name} is not in this version. Write one of {', '.join(templates)}."
+            found.append(f"{key}: {words}")
+        elif name.endswith(".jinja"):
+            words = f"a template of your own is not in this version ({name}). Write one of {', '.join(templates)}."
+            found.append(f"{key}: {words}")
+    return found

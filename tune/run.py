@@ -1,0 +1,223 @@
+"""From a recipe to a finished run, on one page."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tune.errors import RecipeError
+from tune.folder import RunFolder, explain_os_errors, write_file, write_folder
+from tune.recipe.later import refusals
+from tune.recipe.load import recipe_to_yaml
+from tune.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from tune.adapters.coverage import Coverage
+    from tune.data.load import Data
+    from tune.training.checkpoint import TrainingState
+    from tune.training.devices import Devices
+    from tune.training.progress import Progress
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedRun:
+    """Where a run ended."""
+
+    output: str
+    steps: int
+    adapter_step: int
+    """The step whose adapter is in adapter/: the best by held-out loss, or the last."""
+    measured_on: str
+    """What the losses below are measured on: `held-out data` or `training data`."""
+    loss_before: float
+    loss_after: float
+    """Of the adapter in adapter/, in nats per trained token."""
+    tokens_per_second: float
+    peak_memory_bytes: int
+    already: bool = False
+    """The run had finished before; nothing was trained now."""
+
+    @property
+    def adapter(self) -> Path:
+        """The stock PEFT folder."""
+        return Path(self.output) / "adapter"
+
+
+def train(recipe: Recipe, resume: bool = False, progress: Progress | None = None) -> FinishedRun:
+    """Train the adapter that a recipe describes.
+
+    Args:
+        recipe: from `load_recipe`.
+        resume: go on from the newest whole checkpoint of the recipe's output, or from the start if there is none.
+        progress: hears what happens; nothing is printed without one.
+
+    Raises:
+        UserError: something in the recipe, data, base or folder is the user's to mend; nothing was lost.
+        UntrustworthyError: the loss diverged.
+        StoppedError: SIGINT or SIGTERM, after a checkpoint.
+    """
+    from tune.training.devices import Devices
+    from tune.training.progress import Progress
+
+    refused = refusals(recipe)
+    if refused:
+        raise RecipeError(refused)
+    assert recipe.output is not None
+    run, devices = RunFolder(Path(recipe.output)), Devices()
+    heard = progress if progress is not None and devices.is_main else Progress()
+    with explain_os_errors(run.root), run.lock() if devices.is_main else nullcontext():
+        return _train_locked(recipe, resume, run, devices, heard)
+
+
+def _train_locked(recipe: Recipe, resume: bool, run: RunFolder, devices: Devices, progress: Progress) -> FinishedRun:
+    from tune.adapters.coverage import check_coverage
+    from tune.adapters.lora import attach, resolve_targets
+    from tune.adapters.start import start_from
+    from tune.data.load import load_data
+    from tune.data.tokenizer import load_tokenizer
+    from tune.models.hub import read_config
+    from tune.models.load import check_supported, load_base
+    from tune.planning.memory import plan_rows
+    from tune.training.checkpoint import newest_whole
+    from tune.training.resume import check_data, check_same, check_start
+    from tune.training.trainer import Job, Trainer
+
+    model = recipe.model
+    devices.first(lambda: check_start(run, resume))
+    check_supported(model, read_config(model.base, model.revision, model.trust_remote_code))
+    tokenizer = load_tokenizer(model.base, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    with progress.phase("reading data") as advance:
+        data = load_data(recipe, tokenizer, advance)
+    # What `auto` meant is part of what was trained: the saved recipe says it by name.
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"template": data.template.name})})
+
+    resume_step = None
+    if run.recipe.is_file():
+        longer = check_same(run, recipe)
+        finished = run.read_finished()
+        if finished is not None and not longer:
+            return FinishedRun(**{**finished, "already": True})
+        resume_step, damaged = newest_whole(run)
+        for step in damaged:
+            progress.warn(f"{run.checkpoint(step)} is damaged; the one before it is used")
+        _check_checkpoint(run, resume_step, data, progress, check_data)
+
+    with progress.phase("loading the base"):
+        base = load_base(model, devices.device)
+    claimed = resolve_targets(recipe.adapter, base, model.base)
+    adapted = attach(base, recipe.adapter, model.base, recipe.train.seed)
+    if recipe.adapter.start_from is not None and resume_step is None:
+        start_from(recipe.adapter.start_from, adapted)
+    coverage = check_coverage(base.model, claimed, model.quantization)
+    longest = int(data.train.lengths.max())
+    rows = plan_rows(recipe.train, base.config, longest, base.model.dtype, devices.device)
+    if rows.recompute:
+        base.model.gradient_checkpointing_enable({"use_reentrant": False})
+        base.model.enable_input_require_grads()
+    job = Job(recipe, run, adapted, data.train, data.eval, data.fingerprint, base.packs, rows, devices, progress)
+    trainer = Trainer(job, resume_step)
+    devices.first(lambda: _begin(run, recipe, data, coverage))
+    _tell(progress, devices, coverage, base.attention, base.packs, recipe, trainer, rows.row_tokens, rows.recompute)
+
+    state = trainer.run()
+    result = _result(recipe, run, state, data.eval is not None, devices)
+    devices.first(lambda: _finish(run, recipe, tokenizer, data.template, result))
+    return result
+
+
+def _check_checkpoint(run: RunFolder, step: int | None, data: Data, progress: Progress, check_data: Any) -> None:
+    from tune.training.checkpoint import machine_differences, read_state
+
+    if step is None:
+        progress.line("resume from step 0: no checkpoint yet")
+        return
+    state, saved = read_state(run.checkpoint(step))
+    check_data(run, state.data_fingerprint, data.fingerprint)
+    progress.line(f"resume from step {step}")
+    differences = machine_differences(saved)
+    if differences:
+        progress.warn(f"not the machine this run began on ({'; '.join(differences)}): it will not end bit for bit the same")
+
+
+def _begin(run: RunFolder, recipe: Recipe, data: Data, coverage: Coverage) -> None:
+    """Write down what is about to be trained. From here on the folder holds a run."""
+    from tune.training.checkpoint import machine
+
+    versions = machine()["versions"]
+    header = [
+        "# The recipe of this run, with every default. `tune train` accepts this file.",
+        "# versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()),
+        f"# data: sha256 {data.fingerprint}",
+    ]
+    write_file(run.recipe, "\n".join(header) + "\n" + recipe_to_yaml(recipe))
+    write_file(run.coverage, json.dumps(coverage.to_json(), indent=1) + "\n")
+    run.finished.unlink(missing_ok=True)
+
+
+def _tell(
+    progress: Progress,
+    devices: Devices,
+    coverage: Coverage,
+    attention: str,
+    packs: bool,
+    recipe: Recipe,
+    trainer: Any,
+    row_tokens: int,
+    recompute: bool,
+) -> None:
+    progress.coverage(coverage)
+    progress.line(devices.line)
+    for line in coverage.lines:
+        progress.line(line)
+    progress.line(f"attention {attention}, {'packed' if packs else 'one example a row'}")
+    progress.line(f"rows of {row_tokens} tokens{', recomputed' if recompute else ''}")
+    progress.line(f"steps {trainer.total}, {recipe.train.batch_size} examples each")
+    if recipe.adapter.dropout:
+        progress.warn("dropout masks depend on how a step is split: other devices or rows give another adapter")
+    if devices.unused_gpus:
+        progress.warn(
+            f"{devices.unused_gpus} more GPUs are idle. To use all: accelerate launch --multi_gpu "
+            f"--num_processes {devices.unused_gpus + 1} -m tune train RECIPE"
+        )
+
+
+def _result(recipe: Recipe, run: RunFolder, state: TrainingState, held_out: bool, devices: Devices) -> FinishedRun:
+    from tune.training.metrics import peak_memory_bytes
+
+    best = state.best_step if state.best_step is not None and recipe.train.keep_best else None
+    after = state.best_loss if best is not None else state.last_loss
+    return FinishedRun(
+        output=str(run.root),
+        steps=state.step,
+        adapter_step=best if best is not None else state.step,
+        measured_on="held-out data" if held_out else "training data",
+        loss_before=state.first_loss if state.first_loss is not None else float("nan"),
+        loss_after=after if after is not None else float("nan"),
+        tokens_per_second=round(state.trained_tokens / max(state.trained_seconds, 1e-9), 1),
+        peak_memory_bytes=peak_memory_bytes(devices.device),
+    )
+
+
+def _finish(run: RunFolder, recipe: Recipe, tokenizer: Any, template: Any, result: FinishedRun) -> None:
+    """Write adapter/ from the chosen checkpoint, then the finished mark."""
+    from tune.export.card import adapter_card
+
+    chosen = run.checkpoint(result.adapter_step)
+    files: dict[str, bytes | str] = {
+        name: (chosen / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")
+    }
+    tokenizer.chat_template = template.jinja
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files |= {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
+    files["README.md"] = adapter_card(recipe, result.loss_before, result.loss_after, result.measured_on)
+    with explain_os_errors(run.root, "finish with --resume"):
+        write_folder(run.adapter, files)
+        summary = {key: value for key, value in asdict(result).items() if key != "already"}
+        write_file(run.finished, json.dumps(summary, indent=1) + "\n")
+
+

@@ -1,0 +1,168 @@
+"""Checkpoints: everything that a run needs to go on and end bit for bit where it would have ended.
+
+A checkpoint is a PEFT folder (so it can be tried like any adapter) with two files more:
+
+    adapter_config.json, adapter_model.safetensors     the adapter, in float32
+    optimizer.safetensors                              the moments, by parameter
+    state.json                                         step, schedule, random numbers, what was measured, machine
+    manifest.json                                      the SHA-256 of each file
+
+It is written beside its place and renamed, so a folder of that name is whole; one that was damaged later is found
+by its manifest, and the one before it is used. No pickle is written or read.
+
+Random numbers need no saved state: the generators are seeded anew at every step from (seed, step, process), and
+the order of the data is a function of (seed, step). Dropout is therefore the same after a resume as without one.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load, save
+
+import tune
+from tune.adapters.lora import adapter_bytes, adapter_config_text, read_adapter
+from tune.errors import RunError
+from tune.folder import RunFolder, explain_os_errors, whole, write_folder
+from tune.training.optimizer import NamedParameters, optimizer_state, restore_optimizer
+
+
+@dataclass(slots=True)
+class TrainingState:
+    """What changes from step to step beside the adapter and the optimizer."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    bad_steps: int = 0
+    """Steps in a row that were not applied."""
+    best_step: int | None = None
+    best_loss: float | None = None
+    evaluations_since_best: int = 0
+    first_loss: float | None = None
+    """Held-out loss before the first step, or the first step's own when nothing is held out."""
+    last_loss: float | None = None
+    """The newest held-out loss, or the newest step's own."""
+    first_eval_done: bool = False
+    trained_seconds: float = 0.0
+    trained_tokens: int = 0
+    """Tokens that went through the model in those seconds."""
+    total_steps: int = 0
+    """Length of the schedule that the learning rate follows."""
+    data_fingerprint: str = ""
+    """Of the encoded training and held-out examples."""
+
+
+def machine() -> dict[str, Any]:
+    """What bit-equality depends on: kind of machine, thread count and versions."""
+    import bitsandbytes
+    import peft
+    import transformers
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "machine": gpu or platform.machine(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "tune": tune.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "peft": peft.__version__,
+            "bitsandbytes": bitsandbytes.__version__,
+        },
+    }
+
+
+def machine_differences(saved: dict[str, Any]) -> list[str]:
+    """Say each way in which this machine differs from the one a checkpoint was written on."""
+    now, differences = machine(), []
+    for key in ("machine", "cpu_capability", "threads"):
+        if saved.get(key) != now[key]:
+            differences.append(f"{key} was {saved.get(key)}, is {now[key]}")
+    for name, version in now["versions"].items():
+        before = saved.get("versions", {}).get(name)
+        if before != version:
+            differences.append(f"{name} was {before}, is {version}")
+    return differences
+
+
+def save_checkpoint(
+    run: RunFolder,
+    state: TrainingState,
+    model: PeftModel,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LambdaLR,
+    named: NamedParameters,
+    seed: int,
+) -> None:
+    """Write the checkpoint of `state.step`.
+
+    Raises:
+        RunError: there is no space or no permission; earlier checkpoints are untouched.
+    """
+    tensors, numbers = optimizer_state(optimizer, named)
+    content = {
+        **asdict(state),
+        "optimizer": numbers,
+        "scheduler": {k: v for k, v in scheduler.state_dict().items() if isinstance(v, int | float | list) and k != "lr_lambdas"},
+        "random": {"seed": seed, "scheme": "generators are seeded at every step from (seed, step, process)"},
+        **machine(),
+    }
+    newest = run.steps()
+    kept = f"the last whole checkpoint is {run.checkpoint(newest[-1])}" if newest else "there is no checkpoint yet"
+    with explain_os_errors(run.root, f"go on with --resume ({kept})"):
+        write_folder(
+            run.checkpoint(state.step),
+            {
+                "adapter_config.json": adapter_config_text(model),
+                "adapter_model.safetensors": adapter_bytes(model),
+                "optimizer.safetensors": save(tensors),
+                "state.json": json.dumps(content, indent=1) + "\n",
+            },
+            manifest=True,
+        )
+
+
+def prune(run: RunFolder, keep: int, best_step: int | None) -> None:
+    """Remove all but the newest `keep` checkpoints and the best one."""
+    for step in run.steps()[:-keep]:
+        if step != best_step:
+            shutil.rmtree(run.checkpoint(step))
+
+
+def newest_whole(run: RunFolder) -> tuple[int | None, list[int]]:
+    """Return the newest step with an undamaged checkpoint (or None), and the damaged ones that were passed over."""
+    damaged = []
+    for step in reversed(run.steps()):
+        if whole(run.checkpoint(step)):
+            return step, damaged
+        damaged.append(step)
+    return None, damaged
+
+
+def read_state(folder: Path) -> tuple[TrainingState, dict[str, Any]]:
+    """Return the training state of a checkpoint, and all of its state.json."""
+    try:
+        content: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        names = TrainingState.__dataclass_fields__
+        return TrainingState(**{key: value for key, value in content.items() if key in names}), content
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(f"{folder}: its state.json cannot be read ({error}). Remove this folder to use the one before.") from error
+
+
+def restore_checkpoint(
+    folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer, named: NamedParameters
+) -> TrainingState:
+    """Put adapter and optimizer back as they were after the checkpoint's last step."""
+    state, content = read_state(folder)
+    read_adapter(folder, model)
+    restore_optimizer(optimizer, named, load((folder / "optimizer.safetensors").read_bytes()), content["optimizer"])
+    return state

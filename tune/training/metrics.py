@@ -1,0 +1,114 @@
+"""metrics.jsonl, one object a step, and the trackers that the recipe names."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import secrets
+import sys
+from typing import IO, Any
+
+import torch
+
+from tune.errors import RecipeError
+from tune.folder import RunFolder, write_file
+from tune.recipe.schema import Recipe
+from tune.training.devices import Devices
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory used so far: allocated on the GPU, or resident in this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class Metrics:
+    """Writes a step's metrics to the run folder and to the trackers; silent on every process but the first."""
+
+    def __init__(self, run: RunFolder, recipe: Recipe, devices: Devices, step: int) -> None:
+        """Open the log at `step`: what a killed process wrote beyond its last checkpoint is dropped."""
+        self._file: IO[str] | None = None
+        self._trackers: list[Any] = []
+        if devices.is_main:
+            _keep_until(run, step)
+            self._file = open(run.metrics, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
+            self._trackers = _trackers(run, recipe, devices)
+
+    def write(self, metrics: dict[str, Any]) -> None:
+        """Append one step; numbers that JSON has no word for become null."""
+        if self._file is None:
+            return
+        plain = {key: _finite(value) for key, value in metrics.items()}
+        self._file.write(json.dumps(plain) + "\n")
+        self._file.flush()
+        for tracker in self._trackers:
+            tracker.log({k: v for k, v in plain.items() if k != "step" and v is not None}, step=metrics["step"])
+
+    def close(self) -> None:
+        """End the log and the trackers."""
+        if self._file is not None:
+            self._file.close()
+        for tracker in self._trackers:
+            tracker.finish()
+        self._trackers = []
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not (abs(value) < float("inf")) else value
+
+
+def _keep_until(run: RunFolder, step: int) -> None:
+    if not run.metrics.is_file():
+        return
+    kept = []
+    for line in run.metrics.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            break  # a killed process left half a line
+    write_file(run.metrics, "".join(line + "\n" for line in kept))
+
+
+def _trackers(run: RunFolder, recipe: Recipe, devices: Devices) -> list[Any]:
+    names = list(recipe.tracking.to or ())
+    if not names:
+        return []
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    available = {str(name) for name in get_available_trackers()}
+    for name in names:
+        if name not in available:
+            raise RecipeError(f"tracking.to: {name} is not installed. Install it with `pip install {name}`.")
+    project = recipe.tracking.project or "tune"
+    name = recipe.tracking.name or run.root.name
+    identity = run.root / ".tracking-id"
+    if not identity.is_file():
+        write_file(identity, secrets.token_hex(4))
+    trackers = []
+    for kind in names:
+        made = LOGGER_TYPE_TO_CLASS[kind]
+        if kind == "wandb":
+            run_id = identity.read_text(encoding="utf-8").strip()
+            tracker = made(project, name=name, id=run_id, resume="allow", dir=os.fspath(run.root))
+        elif made.requires_logging_directory:
+            tracker = made(project, run.root)
+        else:
+            tracker = made(project, name=name)
+        tracker.start()
+        tracker.store_init_configuration(_flat(recipe.model_dump(mode="json")))
+        trackers.append(tracker)
+    return trackers
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Trackers take plain values only: nested keys are dotted, lists written out."""
+    if not isinstance(value, dict):
+        return {prefix: value if isinstance(value, int | float | str | bool) else str(value)}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat.update(_flat(inner, f"{prefix}.{key}" if prefix else str(key)))
+    return flat

@@ -1,0 +1,83 @@
+"""The optimizer and the schedule, by the names the recipe uses, and their state as tensors and plain numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tune.errors import RecipeError
+from tune.recipe import schema
+
+NamedParameters = list[tuple[str, nn.Parameter]]
+
+
+def build_optimizer(section: schema.Train, named: NamedParameters, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW over the adapter, in full precision or with 8-bit moments (Dettmers et al. 2022, arXiv:2110.02861).
+
+    Raises:
+        RecipeError: paged moments without a GPU, which has no memory to page out of.
+    """
+    parameters = [parameter for _, parameter in named]
+    settings: dict[str, Any] = {"lr": section.learning_rate, "weight_decay": section.weight_decay}
+    if section.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, **settings)
+    import bitsandbytes as bnb
+
+    if section.optimizer == "paged_adamw_8bit":
+        if device.type != "cuda":
+            raise RecipeError("train.optimizer: paged_adamw_8bit needs a CUDA device. Use adamw_8bit or adamw here.")
+        return bnb.optim.PagedAdamW8bit(parameters, **settings)  # type: ignore[no-any-return]
+    return bnb.optim.AdamW8bit(parameters, **settings)  # type: ignore[no-any-return]
+
+
+def warmup_steps(section: schema.Train, total: int) -> int:
+    """`train.warmup` in steps: below 1 it is a fraction of the run."""
+    return math.ceil(section.warmup * total) if section.warmup < 1 else int(section.warmup)
+
+
+def build_scheduler(
+    section: schema.Train, optimizer: torch.optim.Optimizer, total: int, step: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """The learning rate of a run of `total` steps, standing at `step`.
+
+    The schedule is a function of the step's number, so a run that was made longer gets the longer run's schedule.
+    """
+    from transformers import get_scheduler
+
+    name = {"constant": "constant_with_warmup"}.get(section.scheduler, section.scheduler)
+    scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup_steps(section, total), num_training_steps=total)
+    scheduler.last_epoch = step
+    rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates
+    return scheduler  # type: ignore[no-any-return]
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, named: NamedParameters) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the optimizer's tensors by `parameter/key`, and its plain numbers, both ready to be written."""
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, Any] = {}
+    for name, parameter in named:
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{name}/{key}"] = value.detach().cpu().contiguous()
+            else:
+                numbers[f"{name}/{key}"] = value
+    return tensors, numbers
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, named: NamedParameters, tensors: dict[str, Tensor], numbers: dict[str, Any]
+) -> None:
+    """Put back what `optimizer_state` returned."""
+    place: Callable[[str], int] = {name: number for number, (name, _) in enumerate(named)}.__getitem__
+    state: dict[int, dict[str, Any]] = {}
+    for full, value in (*tensors.items(), *numbers.items()):
+        name, _, key = full.rpartition("/")
+        state.setdefault(place(name), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,94 @@
+"""Whether a run may start or go on: the folder as it is, and what may change on the way.
+
+On a resume the recipe must be the one that was started, but for what does not change the result (cadences,
+tracking, how a step is laid out) and for a longer training, whose schedule is derived again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tune.errors import RunError
+from tune.folder import RunFolder
+from tune.recipe.load import load_recipe
+from tune.recipe.schema import Recipe
+
+MAY_CHANGE = (
+    "output",
+    "tracking",
+    "push",
+    "train.save_every",
+    "train.eval_every",
+    "train.log_every",
+    "train.keep",
+    "train.micro_batch_tokens",
+    "train.recompute",
+)
+MAY_GROW = ("train.epochs", "train.max_steps")
+
+
+def check_start(run: RunFolder, resume: bool) -> None:
+    """Refuse a folder that another run, or other files, already fill.
+
+    Raises:
+        RunError: there is a run and no `--resume`, or files that are no run.
+    """
+    if run.recipe.is_file() or run.steps():
+        if not resume:
+            raise RunError(
+                f"{run.root}: a run is already here. Go on with it with --resume, or give this one another output."
+            )
+        return
+    other = [path.name for path in run.root.iterdir() if not path.name.startswith(".")]
+    if other:
+        raise RunError(f"{run.root}: holds files that are no run ({sorted(other)[0]}). Give this run another output.")
+
+
+def check_same(run: RunFolder, recipe: Recipe) -> bool:
+    """Compare the recipe with the one the run was started with; return whether the training was made longer.
+
+    Raises:
+        RunError: each key that differs and may not, with its old and new value.
+    """
+    old, new = _flat(load_recipe(run.recipe).model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
+    problems, longer = [], False
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if before == after or any(key == name or key.startswith(name + ".") for name in MAY_CHANGE):
+            continue
+        if key in MAY_GROW and _grows(key, before, after):
+            longer = True
+            continue
+        rule = "may only grow" if key in MAY_GROW else "cannot change"
+        problems.append(f"{run.root}: {key} {rule} on --resume (was {before}, is {after}). Put it back, or start anew.")
+    if problems:
+        raise RunError(problems)
+    return longer
+
+
+def check_data(run: RunFolder, before: str, now: str) -> None:
+    """Refuse to go on with other data than the run was started with.
+
+    Raises:
+        RunError: the encoded examples differ.
+    """
+    if before and before != now:
+        raise RunError(
+            f"{run.root}: the data has changed since this run began (fingerprint was {before[:12]}, is {now[:12]}). "
+            "Put the old files back, or start anew with another output."
+        )
+
+
+def _grows(key: str, before: Any, after: Any) -> bool:
+    if before is None or after is None:
+        return key == "train.max_steps"  # the other key decides then; the schedule is derived again either way
+    return bool(after > before)
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat.update(_flat(inner, f"{prefix}.{key}" if prefix else str(key)))
+    return flat

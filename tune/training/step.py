@@ -1,0 +1,80 @@
+"""One optimizer step, whole.
+
+The loss is the sum of the cross-entropy over the trained tokens of the step, divided by their number over all
+devices and rows, counted before the first backward. A token therefore weighs the same wherever it was dealt, and
+the gradient does not depend on devices, micro-batches or packing.
+
+Shapes: T tokens of a row, N of them with a token to predict, H hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tune.data.collate import Row
+from tune.kernels.cross_entropy import cross_entropy_sum
+from tune.training.devices import Devices
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step reports."""
+
+    loss: float
+    """Mean cross-entropy per trained token, in nats."""
+    grad_norm: float
+    """Euclidean norm of the adapter's gradient, before clipping."""
+    applied: bool
+    """False when loss or gradient was not finite: the adapter is as it was."""
+
+
+def row_loss(model: Any, row: Row) -> Tensor:
+    """Summed cross-entropy (nats, float32 scalar) of a row's trained tokens, without holding all logits."""
+    backbone, head = model.base_model, model.get_output_embeddings()
+    hidden_1TH = backbone(input_ids=row.ids_1T, position_ids=row.positions_1T, use_cache=False)[0]
+    return cross_entropy_sum(hidden_1TH[0, row.predict_at_N], head.weight, row.labels_N, head.bias)
+
+
+def train_step(
+    model: Any,
+    rows: Iterable[Row],
+    trained_tokens: int,
+    parameters: Sequence[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    max_grad_norm: float,
+    devices: Devices,
+) -> StepResult:
+    """Train on this process's rows of one step.
+
+    Args:
+        model: the transformers model with the adapter injected in place, in training mode.
+        rows: this process's rows; there may be none.
+        trained_tokens: trained tokens of the whole step, over all processes.
+        parameters: the adapter's.
+        optimizer: over those parameters, its learning rate already set.
+        max_grad_norm: the gradient is scaled down to this norm; 0 leaves it.
+        devices: the processes.
+    """
+    total = torch.zeros((), device=devices.device)
+    for row in rows:
+        loss = row_loss(model, row) / trained_tokens
+        loss.backward()
+        total += loss.detach()
+    devices.sum_gradients(parameters)
+    loss_value = float(devices.sum(total))
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    norm_value = float(norm)
+    applied = math.isfinite(norm_value) and math.isfinite(loss_value)
+    if applied:
+        if max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(loss_value, norm_value, applied)

@@ -1,0 +1,242 @@
+"""The loop around the step: schedule, evaluation, checkpoints, signals.
+
+Everything that decides what happens next is in `TrainingState`, which every checkpoint holds; the order of the
+data follows from the step's number. The loop is the same for every number of devices: processes deal the same
+examples among themselves, sum once, and take every decision from numbers they share.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+
+from tune.adapters.lora import adapter_parameters
+from tune.data.batches import Order, deal
+from tune.data.encode import Examples
+from tune.errors import StoppedError, UntrustworthyError
+from tune.evaluation.loss import held_out_loss, rows_of
+from tune.folder import RunFolder
+from tune.planning.memory import RowPlan
+from tune.recipe.schema import Recipe
+from tune.training.checkpoint import TrainingState, prune, restore_checkpoint, save_checkpoint
+from tune.training.devices import Devices
+from tune.training.metrics import Metrics, peak_memory_bytes
+from tune.training.optimizer import build_optimizer, build_scheduler
+from tune.training.progress import Progress
+from tune.training.step import StepResult, row_loss, train_step
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is trained on what, and how it is laid out."""
+
+    recipe: Recipe
+    run: RunFolder
+    model: PeftModel
+    train: Examples
+    held_out: Examples | None
+    data_fingerprint: str
+    packs: bool
+    rows: RowPlan
+    devices: Devices
+    progress: Progress
+
+
+class Trainer:
+    """Trains one adapter from a given state to the end of its schedule."""
+
+    def __init__(self, job: Job, resume_step: int | None) -> None:
+        """Build optimizer, schedule and order; with `resume_step`, put back that checkpoint."""
+        self.job = job
+        train, data = job.recipe.train, job.recipe.data
+        self.order = Order(job.train.source, tuple(source.weight for source in data.train), train.batch_size, train.seed)
+        self.total = self.order.steps(train.epochs, train.max_steps)
+        self.named = list(adapter_parameters(job.model))
+        self.parameters = [parameter for _, parameter in self.named]
+        self.optimizer = build_optimizer(train, self.named, job.devices.device)
+        self.state = TrainingState()
+        if resume_step is not None:
+            folder = job.run.checkpoint(resume_step)
+            self.state = restore_checkpoint(folder, job.model, self.optimizer, self.named)
+            if self.state.total_steps != self.total:
+                job.progress.line(f"schedule {self.total} steps, was {self.state.total_steps}: derived again")
+        self.state.total_steps = self.total
+        self.state.data_fingerprint = job.data_fingerprint
+        self.scheduler = build_scheduler(train, self.optimizer, self.total, self.state.step)
+        self.network: Any = job.model.get_base_model()
+        self._signal: int | None = None
+
+    def run(self) -> TrainingState:
+        """Train to the end and return the final state.
+
+        Raises:
+            UntrustworthyError: `max_bad_steps` steps in a row had no finite loss or gradient.
+            StoppedError: SIGINT or SIGTERM came; the checkpoint of the last whole step is on the disk.
+            RunError: the disk is full or gone.
+        """
+        job, train, state = self.job, self.job.recipe.train, self.state
+        metrics = Metrics(job.run, job.recipe, job.devices, state.step)
+        self.network.train()
+        try:
+            with self._signals():
+                if job.held_out is not None and not state.first_eval_done:
+                    state.first_loss = state.last_loss = self._evaluate()
+                    state.first_eval_done = True
+                    job.progress.evaluation(0, state.first_loss, best=False)
+                while state.step < self.total and not self._out_of_patience():
+                    entry = self._one_step()
+                    if self._due(train.eval_every) and job.held_out is not None:
+                        entry["eval_loss"] = self._evaluate_and_compare()
+                    metrics.write(entry)
+                    last = state.step == self.total or self._out_of_patience()
+                    job.progress.step(entry, self.total, log=self._due(train.log_every))
+                    stop = job.devices.agree(self._signal or 0)
+                    if stop or last or state.step == state.best_step or state.step % train.save_every == 0:
+                        self._save()
+                    if stop:
+                        self._stop(stop)
+        finally:
+            metrics.close()
+        return state
+
+    def _one_step(self) -> dict[str, Any]:
+        job, train, state = self.job, self.job.recipe.train, self.state
+        started = time.perf_counter()
+        # Dropout draws from generators that depend on nothing but these three numbers.
+        torch.manual_seed(_seed_of(train.seed, state.step, job.devices.rank))
+        chosen = self.order.step(state.step)
+        mine = deal(chosen, job.train.lengths, job.devices.count)[job.devices.rank]
+        rate = self.optimizer.param_groups[0]["lr"]
+        result = train_step(
+            self.network,
+            rows_of(job.train, mine, job.rows.row_tokens, job.packs, job.devices.device),
+            int(job.train.trained_counts[chosen].sum()),
+            self.parameters,
+            self.optimizer,
+            train.max_grad_norm,
+            job.devices,
+        )
+        state.step += 1
+        self.scheduler.step()
+        self._count_bad(result)
+        tokens = int(job.train.lengths[chosen].sum())
+        seconds = time.perf_counter() - started
+        state.trained_seconds += seconds
+        state.trained_tokens += tokens
+        if job.held_out is None:
+            state.first_loss = result.loss if state.first_loss is None else state.first_loss
+            state.last_loss = result.loss
+        return {
+            "step": state.step,
+            "loss": result.loss,
+            "learning_rate": rate,
+            "grad_norm": result.grad_norm,
+            "tokens": tokens,
+            "tokens_per_second": round(tokens / seconds, 1),
+            "memory_bytes": peak_memory_bytes(job.devices.device),
+        }
+
+    def _count_bad(self, result: StepResult) -> None:
+        state, limit = self.state, self.job.recipe.train.max_bad_steps
+        if result.applied:
+            state.bad_steps = 0
+            return
+        state.bad_steps += 1
+        self.job.progress.warn(f"step {state.step}: loss {result.loss}, gradient norm {result.grad_norm}: not applied")
+        if state.bad_steps >= limit:
+            examples = self.order.step(state.step - 1)
+            where = ", ".join(self.job.train.where[i] for i in examples[:3])
+            raise UntrustworthyError(
+                f"{self.job.run.root}: the loss diverged: {limit} steps in a row, the last of them step {state.step} "
+                f"(rows such as {where}), had no finite loss or gradient. Nothing of them was saved. "
+                "Lower train.learning_rate, or look at those rows with `tune preview`."
+            )
+
+    def _due(self, every: int) -> bool:
+        return self.state.step % every == 0 or self.state.step == self.total
+
+    def _out_of_patience(self) -> bool:
+        patience = self.job.recipe.train.patience
+        return patience is not None and self.state.evaluations_since_best >= patience
+
+    def _evaluate(self) -> float:
+        job = self.job
+        assert job.held_out is not None
+        with job.progress.phase("evaluating") as advance:
+            return held_out_loss(
+                self.network,
+                job.held_out,
+                row_loss,
+                job.rows.row_tokens,
+                job.packs,
+                job.devices.device,
+                job.devices.rank,
+                job.devices.count,
+                job.devices.sum,
+                advance,
+            )
+
+    def _evaluate_and_compare(self) -> float:
+        state = self.state
+        loss = state.last_loss = self._evaluate()
+        better = loss < (state.best_loss if state.best_loss is not None else float("inf"))
+        if better:
+            state.best_loss = loss
+            state.evaluations_since_best = 0
+            if self.job.recipe.train.keep_best:
+                state.best_step = state.step
+        else:
+            state.evaluations_since_best += 1
+        self.job.progress.evaluation(state.step, loss, better)
+        return loss
+
+    def _save(self) -> None:
+        job, state = self.job, self.state
+        if job.devices.is_main:
+            seed = job.recipe.train.seed
+            save_checkpoint(job.run, state, job.model, self.optimizer, self.scheduler, self.named, seed)
+            prune(job.run, job.recipe.train.keep, state.best_step)
+            job.progress.checkpoint(state.step)
+        job.devices.wait()
+
+    def _stop(self, number: int) -> None:
+        name = signal.Signals(number).name
+        saved = self.job.run.steps()
+        at = f"after step {saved[-1]}" if saved else "before the first checkpoint"
+        raise StoppedError(
+            f"{self.job.run.root}: stopped by {name} {at}. Go on with the same command and --resume.", 128 + number
+        )
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Note the first SIGINT or SIGTERM and let the step end; a second one takes its usual course."""
+
+        def note(number: int, frame: FrameType | None) -> None:
+            self._signal = number
+            signal.signal(number, before[number])
+            self.job.progress.line(f"{signal.Signals(number).name}: saving a checkpoint after this step")
+
+        before: dict[int, Any] = {}
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before[number] = signal.signal(number, note)
+        except ValueError:
+            pass  # not the main thread: whoever runs it handles signals
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _seed_of(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
