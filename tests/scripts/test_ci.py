@@ -31,9 +31,8 @@ def tree(tmp_path: Path) -> Path:
 
 
 def run(tree: Path, failing: str) -> tuple[int, list[str]]:
-    done = subprocess.run(
-        [tree / ".ci" / "run"], env=os.environ | {"FAILING": failing}, capture_output=True, text=True, timeout=30
-    )
+    variables = {"PATH": os.environ["PATH"], "FAILING": failing}
+    done = subprocess.run([tree / ".ci" / "run"], env=variables, capture_output=True, text=True, timeout=30)
     return done.returncode, done.stdout.splitlines()
 
 

@@ -7,7 +7,7 @@ recipe's claim, and training does not start when they differ.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -56,15 +56,20 @@ class Coverage:
         return {**asdict(self), "lines": list(self.lines)}
 
 
-def _stored_bytes(module: nn.Module) -> int:
+def _stored_bytes(modules: Iterable[nn.Module]) -> int:
+    """Bytes of the modules' own weights and quantisation constants; a tied weight counts once."""
+    seen: set[int] = set()
     total = 0
-    for parameter in module.parameters(recurse=False):
-        total += parameter.numel() * parameter.element_size()
-        state = getattr(parameter, "quant_state", None)
-        if state is not None:
-            total += sum(
-                value.numel() * value.element_size() for value in state.as_dict(packed=True).values() if hasattr(value, "numel")
-            )
+    for module in modules:
+        for parameter in module.parameters(recurse=False):
+            state = getattr(parameter, "quant_state", None)
+            held = [parameter]
+            if state is not None:
+                held += [state.absmax] + ([state.state2.absmax] if state.nested else [])
+            for tensor in held:
+                if tensor.data_ptr() not in seen:
+                    seen.add(tensor.data_ptr())
+                    total += tensor.numel() * tensor.element_size()
     return total
 
 
@@ -105,7 +110,7 @@ def check_coverage(model: nn.Module, claimed: Mapping[str, int], quantization: s
                 layers=len(names),
                 quantized=len(set(names) - set(unquantized)),
                 adapted=len(set(names) & adapters.keys()),
-                bytes=sum(_stored_bytes(layers[name]) for name in names),
+                bytes=_stored_bytes(layers[name] for name in names),
                 adapter_parameters=sum(_trained(adapters[name]) for name in names if name in adapters),
             )
         )
@@ -114,7 +119,7 @@ def check_coverage(model: nn.Module, claimed: Mapping[str, int], quantization: s
         kinds=tuple(kinds),
         storage="nf4" if quantization == "nf4" else dtype,
         claimed=len(claimed),
-        frozen_bytes=sum(_stored_bytes(module) for name, module in model.named_modules() if not _inside_adapter(name)),
+        frozen_bytes=_stored_bytes(module for name, module in model.named_modules() if not _inside_adapter(name)),
         adapter_parameters=_trained(model),
     )
 

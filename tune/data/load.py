@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -78,7 +79,7 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, on_progress: P
     """
     wanted = recipe.data
     template = resolve_template(wanted.template, tokenizer)
-    held_out = () if isinstance(wanted.eval, float) else wanted.eval
+    held_out, fraction = (wanted.eval, 0.0) if isinstance(wanted.eval, tuple) else ((), wanted.eval)
     sources = [_read(s, "train", i, template, tokenizer, wanted) for i, s in enumerate(wanted.train)]
     sources += [_read(s, "eval", i, template, tokenizer, wanted) for i, s in enumerate(held_out)]
     if wanted.on_bad == "error":
@@ -94,8 +95,8 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, on_progress: P
     for examples, name in ((train, "data.train"), (evaluated, "data.eval")):
         if examples is not None and not len(examples):
             raise DataError(f"{name}: no row is left, since all were dropped. See on_bad and on_long in the recipe.")
-    if not held_out and wanted.eval:
-        train, evaluated = _split(train, float(wanted.eval), recipe.train.seed)
+    if fraction:
+        train, evaluated = _split(train, fraction, recipe.train.seed)
     report = _report(sources, train, evaluated, tokenizer, asked=bool(wanted.eval))
     return Data(train, evaluated, template, report, _fingerprint(train, evaluated))
 
@@ -204,12 +205,8 @@ def _refuse_bad(sources: list[_SourceData]) -> None:
     bad = [row for source in sources for row in source.bad]
     if bad:
         rows = "1 row" if len(bad) == 1 else f"{len(bad)} rows"
-        raise DataError(
-            [
-                *map(str, bad[:3]),
-                f"{rows} cannot be used. Mend {'it' if len(bad) == 1 else 'them'}, or set data.on_bad: drop.",
-            ]
-        )
+        mend = "Mend it" if len(bad) == 1 else "Mend them"
+        raise DataError([*map(str, bad[:3]), f"{rows} cannot be used. {mend}, or set data.on_bad: drop."])
 
 
 def _refuse_untrained(sources: list[_SourceData], max_length: int) -> None:
@@ -259,10 +256,7 @@ def _digests(examples: Examples, salt: bytes = b"") -> list[bytes]:
     """16 bytes for each example's ids: equal examples have equal digests, wherever they stand."""
     raw, width = examples.ids.tobytes(), examples.ids.itemsize
     edges = (examples.offsets * width).tolist()
-    return [
-        hashlib.blake2b(raw[start:end], digest_size=16, key=salt).digest()
-        for start, end in zip(edges, edges[1:], strict=False)
-    ]
+    return [hashlib.blake2b(raw[start:end], digest_size=16, key=salt).digest() for start, end in pairwise(edges)]
 
 
 def _split(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Examples | None]:
@@ -334,10 +328,11 @@ def _source_report(source: _SourceData) -> SourceReport:
 
 
 def _unended(examples: Examples, cut: set[str], tokenizer: PreTrainedTokenizerBase) -> int:
-    """Examples whose last trained token is none of the special tokens; a cut one cannot have its own."""
+    """Examples without a trained special token, cut ones aside, which have lost theirs."""
     special = [id for id, token in tokenizer.added_tokens_decoder.items() if token.special]
-    ends = np.flatnonzero(examples.trained & ~np.append(examples.trained[1:], False))
-    return ends.size
+    ends = np.isin(examples.ids, special) & examples.trained
+    ended = np.add.reduceat(ends, examples.offsets[:-1])
+    return sum(not end and where not in cut for end, where in zip(ended, examples.where, strict=True))
 
 
 def _fingerprint(train: Examples, evaluated: Examples | None) -> str:

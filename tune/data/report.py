@@ -65,7 +65,7 @@ class Report:
     shared: int
     """Held-out examples that a training example equals, token for token."""
     unended: int
-    """Training examples, cut ones aside, whose last trained token is no special token."""
+    """Training examples, cut ones aside, in which no special token is trained on."""
     eval_asked: bool
     """Whether the recipe asked for held-out data."""
 

@@ -73,6 +73,8 @@ def read_rows(source: Source) -> Rows:
     """
     path = Path(source.path).expanduser()
     if path.exists() or not _is_hub_id(source.path):
+        if given := [key for key in ("split", "config", "revision") if getattr(source, key) is not None]:
+            raise DataError(f"{source.path}: is a file, and {given[0]}: is for data sets on the hub. Remove it.")
         rows = _read_file(path, source.path, source.limit)
     else:
         rows = _read_hub(source)
@@ -144,8 +146,9 @@ def _read_array(text: str, shown: str, limit: int | None) -> Rows:
             line += text.count("\n", counted, position)
             counted = position
             value, position = scan(text, position)
-            if limit is None or len(rows) < limit:
-                rows.add(value, f"{shown}:{line}")
+            rows.add(value, f"{shown}:{line}")
+            if len(rows) == limit:
+                return rows
             position = _skip_space(text, position)
             if text[position : position + 1] == ",":
                 position = _skip_space(text, position + 1)

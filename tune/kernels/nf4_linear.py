@@ -66,19 +66,20 @@ class _NF4LoraLinear(torch.autograd.Function):
         dropout: float,
     ) -> Tensor:
         x_TI = x.reshape(-1, x.shape[-1])
-        y_TO = torch.nn.functional.linear(x_TI, dequantize(packed, quant_state, x.dtype), bias_O)
+        # The output must not be a view: a model may add to it in place, which a custom function forbids on views.
+        y = torch.nn.functional.linear(x, dequantize(packed, quant_state, x.dtype), bias_O)
         seed = 0
         if lora_a_RI is not None and lora_b_OR is not None:
             if dropout:
                 seed = int(torch.randint(2**62, ()).item())
             dropped_TI = x_TI * _kept(x_TI.shape, x_TI, dropout, seed) if dropout else x_TI
             z_TR = dropped_TI @ lora_a_RI.to(x.dtype).T
-            y_TO.addmm_(z_TR, lora_b_OR.to(x.dtype).T, alpha=scaling)
+            y.view(-1, y.shape[-1]).addmm_(z_TR, lora_b_OR.to(x.dtype).T, alpha=scaling)
             ctx.save_for_backward(x_TI, packed, lora_a_RI, lora_b_OR)
         else:
             ctx.save_for_backward(None, packed, None, None)
         ctx.quant_state, ctx.scaling, ctx.dropout, ctx.seed, ctx.shape = quant_state, scaling, dropout, seed, x.shape
-        return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -60,20 +60,17 @@ def load_base(section: schema.Model, device: torch.device) -> LoadedBase:
     Raises:
         ModelError: the base cannot be found, read, permitted or used; nothing is left half loaded.
     """
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
+
+    from tune.models.nf4_quantizer import NF4Config
 
     config = read_config(section.base, section.revision, section.trust_remote_code)
     check_supported(section, config)
     dtype = getattr(torch, section.dtype)
     quantization = None
     if section.quantization == "nf4":
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
+        quantization = NF4Config(dtype)
     transformers_logging.disable_progress_bar()
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # what it would warn about is checked, and said, below

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+from tune.recipe.read import shown
+
 if TYPE_CHECKING:
     from tune.recipe.schema import Recipe
 
@@ -95,7 +97,7 @@ def _tracking(recipe: Recipe) -> Iterator[Conflict]:
         return
     for key, value in (("project", recipe.tracking.project), ("name", recipe.tracking.name)):
         if value is not None:
-            words = f"has no tracker to be shown at ({value}). Set tracking.to, such as [wandb]."
+            words = f"has no tracker to be shown at ({shown(value)}). Set tracking.to, such as [wandb]."
             yield Conflict(f"tracking.{key}", words, ("tracking.to",))
 
 

@@ -57,7 +57,7 @@ def explain(error: ValidationError, written: Written) -> tuple[list[tuple[int, s
     """Return a line for each problem with its order, and the `section.key` names that are not to be trusted."""
     lines: list[tuple[int, str]] = []
     suspects: set[str] = set()
-    meant: set[str] = set()
+    meant: set[Key] = set()
     details = error.errors(include_url=False)
     for detail in details:
         if detail["type"] == "extra_forbidden":
@@ -71,9 +71,14 @@ def explain(error: ValidationError, written: Written) -> tuple[list[tuple[int, s
         if detail["type"] in ("extra_forbidden", "conflicts"):
             continue
         # A missing key that an unknown key was surely meant for is one problem, not two.
-        if detail["type"] == "missing" and (".".join(map(str, key)) in meant or str(key[0]) in meant):
+        if detail["type"] == "missing" and (key in meant or key[:1] in meant):
             continue
-        lines.append(_line(key, _wrong(detail, key, written), written))
+        # pydantic counts only good items: a list of one bad item is not also an empty list.
+        if detail["type"] == "too_short" and _value(key, written):
+            continue
+        line = _line(key, _wrong(detail, key, written), written)
+        if line not in lines:
+            lines.append(line)
     return lines, suspects
 
 
@@ -161,8 +166,12 @@ def _wrong(detail: ErrorDetails, key: Key, written: Written) -> str:
         return f"has no value.{about}" + (f" Remove the key for the default ({default})." if default else "")
     if kind in ("model_type", "model_attributes_type"):
         return f"is a section, not a value ({shown(value)}).{_inside(key)}"
-    remedy = f" The default is {default}." if default and default != "none" else ""
-    return f"{_what(detail)} ({shown(value)}).{remedy or about}{_nearest(detail, key, value)}"
+    remedy = _nearest(detail, key, value)
+    if not remedy:
+        remedy = f" The default is {default}." if default and default != "none" else about
+    # A list's own items are named by the words; `(a list)` would add nothing.
+    value_shown = "" if isinstance(value, list) and value else f" ({shown(value)})"
+    return f"{_what(detail)}{value_shown}.{remedy}"
 
 
 def _inside(key: Key) -> str:
@@ -170,7 +179,7 @@ def _inside(key: Key) -> str:
     prefix = "data.train." if len(names) > 1 else f"{names[0]}."
     keys = [name.removeprefix(prefix) for name in schema_keys() if name.startswith(prefix)]
     keys = [name for name in keys if "." not in name]
-    return f" Put keys under it: {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''}." if keys else ""
+    return f" Put keys under it: {', '.join(keys)}." if keys else ""
 
 
 def _what(detail: ErrorDetails) -> str:
@@ -179,7 +188,8 @@ def _what(detail: ErrorDetails) -> str:
         name, words = _LIMITS[kind]
         return f"{words} {context[name]:g}" if context[name] < 10**6 else f"{words} {context[name]}"
     if kind == "literal_error":
-        return f"must be {', '.join(_choices(detail)[:-1])} or {_choices(detail)[-1]}".replace("must be  or", "must be")
+        *others, last = _choices(detail)
+        return f"must be {', '.join(others)} or {last}" if others else f"must be {last}"
     if kind == "value_error":
         return str(context["error"])
     if kind in ("too_short", "string_too_short"):
@@ -203,8 +213,8 @@ def _nearest(detail: ErrorDetails, key: Key, value: Any) -> str:
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
-def _unknown(key: Key) -> tuple[str, str]:
-    """Words for a key that does not exist, and the dotted key that was meant where that is clear."""
+def _unknown(key: Key) -> tuple[str, Key]:
+    """Words for a key that does not exist, and the key that was meant where that is clear."""
     name = str(key[-1])
     around = [part for part in key[:-1] if isinstance(part, str)]
     prefix = "".join(f"{part}." for part in around)
@@ -216,18 +226,19 @@ def _unknown(key: Key) -> tuple[str, str]:
     words = f"is not a key of {dotted(key[:-1]) if len(key) > 1 else 'a recipe'}."
     plain = name.lower().replace("-", "_")
     if plain in siblings:
-        return f"{words} Did you mean {plain!r}?", siblings[plain]
+        return f"{words} Did you mean {plain!r}?", (*key[:-1], plain)
     known = look_up(name)
     # What another section calls by this very name is nearer than what resembles it here.
     same = [path for path in keys if path.rpartition(".")[2] == plain and not path.startswith("data.train.")]
     if same and (known is None or not known.key):
-        return f"{words} It belongs elsewhere: {' or '.join(sorted(same))}.", same[0] if len(same) == 1 else ""
+        target = tuple(same[0].split(".")) if len(same) == 1 else ()
+        return f"{words} It belongs elsewhere: {' or '.join(sorted(same))}.", target
     if known is not None:
-        return f"{words} {known.words}", known.key
+        return f"{words} {known.words}", tuple(known.key.split("."))
     near = difflib.get_close_matches(plain, siblings, n=1)
     if near:
-        return f"{words} Did you mean {near[0]!r}?", siblings[near[0]]
-    return f"{words} {_anywhere(plain, siblings)}", ""
+        return f"{words} Did you mean {near[0]!r}?", (*key[:-1], near[0])
+    return f"{words} {_anywhere(plain, siblings)}", ()
 
 
 def _anywhere(name: str, siblings: dict[str, str]) -> str:

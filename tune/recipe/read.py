@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -42,8 +42,11 @@ class Written(NamedTuple):
     problems: list[tuple[int, str]]
 
     def place(self, key: Key) -> Place:
-        """The place of `key`, or of the nearest thing around it that was written."""
-        while key and key not in self.places:
+        """The place of `key`; else of what was written inside it; else of the nearest thing around it."""
+        inside = [place for other, place in self.places.items() if other[: len(key)] == key]
+        if key not in self.places and inside:
+            return min(inside, key=lambda place: place.order)
+        while key not in self.places:
             key = key[:-1]
         return self.places[key]
 
@@ -51,12 +54,11 @@ class Written(NamedTuple):
 class _TextLoader(yaml.SafeLoader):
     """PyYAML's safe loader that guesses no types."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
 
-
-_NULL = re.compile(r"~|null|Null|NULL|")
+_TextLoader.yaml_implicit_resolvers = {}
+_NULL = re.compile(r"(?:~|null|Null|NULL|)\Z")
 _TextLoader.add_implicit_resolver("tag:yaml.org,2002:null", _NULL, ["~", "n", "N", ""])
-_TextLoader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile("<<"), ["<"])
+_TextLoader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile(r"<<\Z"), ["<"])
 
 _TAGS = {
     yaml.ScalarNode: ("tag:yaml.org,2002:str", "tag:yaml.org,2002:null"),
@@ -88,7 +90,8 @@ class _NodeReader:
         # A key's own line is noted by its mapping; list items are noted here.
         self.places.setdefault(key, Place(f"{self.name}:{line}", line))
         if not isinstance(node.tag, str) or node.tag not in _TAGS.get(type(node), ()):
-            self.complain(node, f"a YAML tag has no meaning in a recipe ({shown(node.tag)}). Remove it.")
+            tag = shown(str(node.tag).replace("tag:yaml.org,2002:", "!!"))
+            self.complain(node, f"a YAML tag has no meaning in a recipe ({tag}). Remove it.")
             return None
         if isinstance(node, yaml.MappingNode):
             return self.mapping(node, key, (*around, id(node)))
@@ -178,15 +181,21 @@ def _compose(text: str, name: str) -> yaml.Node | None:
         mark = error.problem_mark or error.context_mark
         line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
         remedy = "Indent with spaces, not tabs." if "\\t" in str(error.problem) else "Check indentation and quotes."
-        words = f"is not valid YAML (column {column}: {shown(error.problem or error.context, 120)}). {remedy}"
+        problem = str(error.problem)
+        if problem.startswith("but "):
+            problem = f"{error.context}, {problem}"
+        words = f"is not valid YAML (column {column}: {shown(problem, 120)}). {remedy}"
         raise RecipeError(f"{name}:{line}: {words}") from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise RecipeError(
             f"{name}:{line}: holds a character that is not text (#x{ord(text[error.position]):04x}). Remove it."
         ) from None
-    except (RecursionError, ValueError, OverflowError):
-        raise RecipeError(f"{name}: cannot be read as YAML: nested too deeply or a malformed escape.") from None
+    except RecursionError:
+        raise RecipeError(f"{name}: is nested too deeply. A recipe has a few levels.") from None
+    except (ValueError, OverflowError):
+        # PyYAML turns an escape such as \UFFFFFFFF into a character without asking whether there is one.
+        raise RecipeError(f"{name}: holds an escape that is no character. Write the character itself.") from None
 
 
 def read_mapping(recipe: Mapping[str, Any]) -> Written:

@@ -18,8 +18,13 @@ from tune.errors import DataError, did_you_mean
 class Format(Protocol):
     """One way of writing a conversation as a row."""
 
-    name: str
-    columns: tuple[str, ...]
+    @property
+    def name(self) -> str:
+        """The name that a recipe gives it."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that it knows, which `columns` of a source may rename."""
 
     def matches(self, row: dict[str, Any]) -> bool:
         """Whether a row has this format's columns; what they hold is for `parse` to judge."""

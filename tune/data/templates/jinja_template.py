@@ -90,7 +90,7 @@ class JinjaTemplate:
             self._check_marked(messages, mark, generation_prompt)
             messages = [{**m, "content": self._broken(m["content"], mark)} for m in messages]
         if generation_prompt:
-            text, spans = self._render(messages, generation_prompt=True)[0], []
+            text, spans = self._render(messages, generation_prompt=True)
         else:
             text, spans = self._rendered(conversation, messages)
         return list(self._cut(text, spans, mark or ""))

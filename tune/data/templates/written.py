@@ -26,7 +26,6 @@ class WrittenTemplate:
     eos: str = "</s>"
     space: str = ""
 
-    # The jinja name of the variable that holds the end-of-turn token is the same in every tokenizer.
     @property
     def end_of_turn(self) -> str | None:
         """The control token that ends an answer."""

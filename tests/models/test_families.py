@@ -1,0 +1,98 @@
+"""The contract of every entry of FAMILIES, on a tiny random model of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+from tests.tiny import VOCABULARY, dequantized_twin, write_model
+from tune.adapters.coverage import check_coverage
+from tune.adapters.lora import ADAPTER, adapter_bytes, adapter_config_text, adapter_parameters, attach, linears, resolve_targets
+from tune.errors import ModelError
+from tune.models.catalog import FAMILIES
+from tune.models.load import load_base
+from tune.recipe import schema
+
+DENSE = [name for name, family in FAMILIES.items() if not family.experts]
+
+
+def relative(ours: torch.Tensor, reference: torch.Tensor) -> float:
+    return float((ours.double() - reference.double()).norm() / reference.double().norm())
+
+
+@pytest.mark.parametrize("family", DENSE)
+@pytest.mark.parametrize("targets", [("attention", "mlp"), ("attention",)])
+def test_every_gradient_equals_stock_peft_on_the_dequantised_weights(
+    tmp_path: Path, family: str, targets: tuple[str, ...]
+) -> None:
+    """All-linear and attention-only, before and after an evaluation with the adapter on and off."""
+    path = write_model(tmp_path / "base", family)
+    section = schema.Adapter(targets=targets, rank=4)
+    base = load_base(schema.Model(base=str(path), dtype="float32"), torch.device("cpu"))
+    claimed = resolve_targets(section, base, "tiny")
+    ours = attach(base, section, "tiny", seed=3)
+    check_coverage(base.model, claimed, "nf4")
+    for name, parameter in adapter_parameters(ours):
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(adapter_config_text(ours))
+    (adapter / "adapter_model.safetensors").write_bytes(adapter_bytes(ours))
+    stock = PeftModel.from_pretrained(dequantized_twin(base_weights(path), path), adapter, is_trainable=True)
+
+    ids = torch.randint(VOCABULARY, (1, 23), generator=torch.Generator().manual_seed(1))
+    ours.eval(), stock.eval()
+    with torch.no_grad():
+        expected = stock(input_ids=ids).logits
+        assert relative(ours(input_ids=ids).logits, expected) < 1e-5
+        with ours.disable_adapter(), stock.disable_adapter():
+            assert relative(ours(input_ids=ids).logits, stock(input_ids=ids).logits) < 1e-5
+            assert relative(ours(input_ids=ids).logits, expected) > 1e-2
+
+    for _ in range(2):
+        ours.train(), stock.train()
+        ours(input_ids=ids, labels=ids).loss.backward()
+        stock(input_ids=ids, labels=ids).loss.backward()
+        reference = {name.replace(f".{ADAPTER}.", "."): p.grad for name, p in stock.named_parameters() if p.requires_grad}
+        mine = {name.replace(f".{ADAPTER}.", "."): p.grad for name, p in adapter_parameters(ours)}
+        assert mine.keys() == reference.keys()
+        for name, gradient in mine.items():
+            assert relative(gradient, reference[name]) < 1e-5, name
+        for model in (ours, stock):
+            model.zero_grad()
+            model.eval()
+            with torch.no_grad():
+                model(input_ids=ids)
+                with model.disable_adapter():
+                    model(input_ids=ids)
+
+
+def base_weights(path: Path) -> torch.nn.Module:
+    return load_base(schema.Model(base=str(path), dtype="float32"), torch.device("cpu")).model
+
+
+@pytest.mark.parametrize("family", DENSE)
+def test_the_names_of_a_family_find_all_of_its_linear_layers(tmp_path: Path, family: str) -> None:
+    path = write_model(tmp_path / "base", family)
+    base = load_base(schema.Model(base=str(path), dtype="float32"), torch.device("cpu"))
+    assert set(resolve_targets(schema.Adapter(), base, "tiny")) == set(linears(base.model))
+
+
+@pytest.mark.parametrize(("family", "packs"), [("mistral", True), ("llama", True), ("falcon", False), ("bloom", False)])
+def test_the_probe_knows_who_keeps_packed_examples_apart(tmp_path: Path, family: str, packs: bool) -> None:
+    path = write_model(tmp_path / "base", family)
+    assert load_base(schema.Model(base=str(path), dtype="float32"), torch.device("cpu")).packs is packs
+
+
+@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.experts])
+def test_a_mixture_of_experts_is_refused_before_its_weights_are_read(tmp_path: Path, family: str) -> None:
+    path = write_model(tmp_path / "base", family)
+    for weights in path.glob("*.safetensors"):
+        weights.write_bytes(b"")
+    with pytest.raises(ModelError, match="mixture of experts"):
+        load_base(schema.Model(base=str(path)), torch.device("cpu"))
