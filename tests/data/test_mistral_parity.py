@@ -60,9 +60,11 @@ def test_generation_prompts_equal_mistral_common(name, fixture, version, request
 @pytest.mark.parametrize(("name", "fixture", "version"), CASES)
 def test_what_is_trained_is_the_answers_and_their_ends(name, fixture, version, request):
     tokenizer = request.getfixturevalue(fixture)
+    text_tokenizer = reference(version).tokenizer
     template = resolve_template(name, tokenizer)
-    for conversation in dialogues(60, seed=20):
-        encoded = Encoder(tokenizer).encode([template.segments(conversation)])[0]
+    conversations = dialogues(60, seed=20)
+    every = Encoder(tokenizer).encode([template.segments(c) for c in conversations])
+    for conversation, encoded in zip(conversations, every, strict=True):
         answers = [m.content for m in conversation.messages if m.role == "assistant"]
         turns, turn = [], []
         for token, trained in zip(encoded.ids, encoded.trained, strict=True):
@@ -75,10 +77,4 @@ def test_what_is_trained_is_the_answers_and_their_ends(name, fixture, version, r
         assert len(turns) == len(answers)
         for ids, answer in zip(turns, answers, strict=True):
             expected = answer if version == 1 else answer.rstrip(" ")
-            assert ids[:-1] == Encoder(tokenizer).encode([[segment_of(expected)]])[0].ids.tolist()
-
-
-def segment_of(text):
-    from tune.data.templates import Segment
-
-    return Segment(text)
+            assert ids[:-1] == text_tokenizer.encode(expected, bos=False, eos=False)

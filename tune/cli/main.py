@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -137,6 +138,9 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 
 def _run(arguments: list[str] | None) -> int:
+    if not sys.warnoptions:
+        # Libraries warn each other's developers; what a user should know is said by tune itself.
+        warnings.simplefilter("ignore")
     try:
         code = app(args=arguments, prog_name="tune", standalone_mode=False)
         sys.stdout.flush()

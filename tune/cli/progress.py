@@ -44,7 +44,8 @@ class ConsoleProgress(Progress):
         if not self.console.is_terminal:
             started = time.perf_counter()
             yield lambda done, total: None
-            self.line(f"{name}: {time.perf_counter() - started:.1f} s")
+            if self._steps is None:  # before training; within it, lines say what came of a phase
+                self.line(f"{name}: {time.perf_counter() - started:.1f} s")
             return
         if self._bar is not None:  # within training: one more task of the same bar
             task = self._bar.add_task(name, total=None)
@@ -79,7 +80,9 @@ class ConsoleProgress(Progress):
             f"step {metrics['step']}/{total}  loss {metrics['loss']:.4f}  lr {metrics['learning_rate']:.2e}  "
             f"grad {metrics['grad_norm']:.3f}  {metrics['tokens_per_second']:,.0f} tokens/s  {size(metrics['memory_bytes'])}"
         )
-        if self.console.is_terminal:
+        if not self.console.is_terminal:
+            self._steps = ()
+        else:
             if self._bar is None:
                 self._bar = Bar(
                     TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),

@@ -19,6 +19,7 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -217,7 +218,13 @@ def encode_prompt(messages: Sequence[Message], template: Template, tokenizer: Pr
         BadRowError: the template cannot express these messages.
     """
     segments = template.segments(Conversation(tuple(messages)), generation_prompt=True)
-    encoded = Encoder(tokenizer).encode([segments])[0]
+    encoded = _encoder(tokenizer, len(tokenizer)).encode([segments])[0]
     if isinstance(encoded, BadRowError):
         raise encoded
     return encoded.ids.tolist()
+
+
+@lru_cache(maxsize=2)
+def _encoder(tokenizer: PreTrainedTokenizerBase, size: int) -> Encoder:
+    # `size` is only part of the key: a tokenizer that has been given more tokens is another one.
+    return Encoder(tokenizer)

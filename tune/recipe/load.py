@@ -67,8 +67,6 @@ def shipped_recipes() -> dict[str, Path]:
 
 def _validate(written: Written, output: str) -> Recipe:
     values = {"model": {}, "data": {}, **written.values}
-    if values.get("output") is None:
-        values["output"] = output
     lines = list(written.problems)
     recipe = None
     try:
@@ -79,7 +77,7 @@ def _validate(written: Written, output: str) -> Recipe:
         lines += _conflicts_despite(values, suspects, written)
     if recipe is None or lines:
         raise RecipeError([line for _, line in sorted(lines, key=lambda item: item[0])])
-    return recipe
+    return recipe if recipe.output is not None else recipe.model_copy(update={"output": output})
 
 
 def _conflicts_despite(values: dict[str, Any], suspects: set[str], written: Written) -> list[tuple[int, str]]:

@@ -200,7 +200,7 @@ class Train(Section):
     warmup: Warmup = 0.03
     """Length of the warm-up: below 1 a fraction of all steps, else steps."""
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
-    """The optimizer, by the width of its state; the 8-bit ones need a GPU."""
+    """The optimizer, by the width of its state; paged_adamw_8bit needs a GPU."""
     weight_decay: Number = 0.0
     """Decoupled weight decay of AdamW, per step and unit of learning rate."""
     max_grad_norm: Positive = 1.0

@@ -65,7 +65,8 @@ def optimizer_state(optimizer: torch.optim.Optimizer, named: NamedParameters) ->
     for name, parameter in named:
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                tensors[f"{name}/{key}"] = value.detach().cpu().contiguous()
+                # Cloned, since 8-bit optimizers share one quantisation map and a file holds no shared memory.
+                tensors[f"{name}/{key}"] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
             else:
                 numbers[f"{name}/{key}"] = value
     return tensors, numbers

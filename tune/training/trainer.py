@@ -60,6 +60,7 @@ class Trainer:
         train, data = job.recipe.train, job.recipe.data
         self.order = Order(job.train.source, tuple(source.weight for source in data.train), train.batch_size, train.seed)
         self.total = self.order.steps(train.epochs, train.max_steps)
+        self.lengths, self.trained_counts = job.train.lengths, job.train.trained_counts
         self.named = list(adapter_parameters(job.model))
         self.parameters = [parameter for _, parameter in self.named]
         self.optimizer = build_optimizer(train, self.named, job.devices.device)
@@ -114,12 +115,12 @@ class Trainer:
         # Dropout draws from generators that depend on nothing but these three numbers.
         torch.manual_seed(_seed_of(train.seed, state.step, job.devices.rank))
         chosen = self.order.step(state.step)
-        mine = deal(chosen, job.train.lengths, job.devices.count)[job.devices.rank]
+        mine = deal(chosen, self.lengths, job.devices.count)[job.devices.rank]
         rate = self.optimizer.param_groups[0]["lr"]
         result = train_step(
             self.network,
             rows_of(job.train, mine, job.rows.row_tokens, job.packs, job.devices.device),
-            int(job.train.trained_counts[chosen].sum()),
+            int(self.trained_counts[chosen].sum()),
             self.parameters,
             self.optimizer,
             train.max_grad_norm,
@@ -128,7 +129,7 @@ class Trainer:
         state.step += 1
         self.scheduler.step()
         self._count_bad(result)
-        tokens = int(job.train.lengths[chosen].sum())
+        tokens = int(self.lengths[chosen].sum())
         seconds = time.perf_counter() - started
         state.trained_seconds += seconds
         state.trained_tokens += tokens

@@ -1,0 +1,282 @@
+"""Every template: Python segments, jinja form and tokenizer agree; and each equals what its users know."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.data.conftest import CHATML_OWN, PLAIN_PIECES, as_dicts, dialogues, fixture_path
+from tune.data.conversation import BadRowError, Conversation, Message
+from tune.data.encode import Encoder, encode_prompt
+from tune.data.templates import TEMPLATES, Segment
+from tune.data.templates.jinja_template import JinjaTemplate
+from tune.data.templates.resolve import resolve_template
+from tune.errors import DataError
+
+# Every template with every tokenizer that has its control tokens; a new template must find one here.
+TOKENIZERS = ("mistral_v1", "mistral_v3", "metaspace_v3", "chatml")
+
+
+def bound(name: str, request) -> list:
+    found = []
+    for fixture in TOKENIZERS:
+        tokenizer = request.getfixturevalue(fixture)
+        try:
+            found.append((resolve_template(name, tokenizer), tokenizer))
+        except DataError:
+            continue
+    assert found, f"no test tokenizer has the control tokens of {name}"
+    return found
+
+
+def rendered(template, tokenizer, conversation: Conversation, **options):
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    texts, spans = render_jinja_template(
+        conversations=[as_dicts(conversation)],
+        chat_template=template.jinja,
+        return_assistant_tokens_mask=True,
+        **{**tokenizer.special_tokens_map, **options},
+    )
+    return texts[0], spans[0]
+
+
+def trained_characters(segments: list[Segment]) -> list[bool]:
+    return [s.trained for s in segments for _ in s.text]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_jinja_renders_what_the_segments_say_and_marks_what_they_train(name, request):
+    for template, tokenizer in bound(name, request):
+        for conversation in dialogues(80, seed=1, inputs=True):
+            segments = template.segments(conversation)
+            text, spans = rendered(template, tokenizer, conversation)
+            assert text == "".join(s.text for s in segments)
+            marked = [any(a <= i < b for a, b in spans) for i in range(len(text))]
+            assert marked == trained_characters(segments)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_generation_prompt_is_where_the_answer_starts(name, request):
+    for template, tokenizer in bound(name, request):
+        for conversation in dialogues(20, seed=2, inputs=True):
+            asked = Conversation(conversation.messages[:-1])
+            prompt = "".join(s.text for s in template.segments(asked, generation_prompt=True))
+            whole = "".join(s.text for s in template.segments(conversation))
+            assert whole.startswith(prompt)
+            assert prompt == rendered(template, tokenizer, asked, add_generation_prompt=True)[0]
+            answered = whole[len(prompt) :]
+            last = conversation.messages[-1].content.strip()
+            assert answered.startswith((last[:1], " " + last[:1])) or answered[:2].isspace() or answered[0].isspace()
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_ids_are_what_the_tokenizer_makes_of_the_whole_prompt(name, request):
+    for template, tokenizer in bound(name, request):
+        conversations = dialogues(40, pieces=PLAIN_PIECES, seed=3, inputs=True)
+        encoded = Encoder(tokenizer).encode([template.segments(c) for c in conversations])
+        for conversation, ours in zip(conversations, encoded, strict=True):
+            text, _ = rendered(template, tokenizer, conversation)
+            assert ours.ids.tolist() == tokenizer.encode(text, add_special_tokens=False)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_its_saved_jinja_form_trains_the_same_tokens(name, request):
+    for template, tokenizer in bound(name, request):
+        saved = JinjaTemplate("saved", template.jinja).bind(tokenizer)
+        assert saved.end_of_turn == template.end_of_turn
+        conversations = dialogues(40, seed=4)
+        encoder = Encoder(tokenizer)
+        ours = encoder.encode([template.segments(c) for c in conversations])
+        theirs = encoder.encode([saved.segments(c) for c in conversations])
+        assert ours == theirs
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_no_text_becomes_a_control_token(name, request):
+    for template, tokenizer in bound(name, request):
+        special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        spelled = " ".join(t.content for t in list(tokenizer.added_tokens_decoder.values())[:8])
+        plain = Conversation.of(("user", "hello"), ("assistant", "there"))
+        attack = Conversation.of(("user", spelled), ("assistant", spelled))
+        encoder = Encoder(tokenizer)
+        harmless, attacked = (e.ids for e in encoder.encode([template.segments(plain), template.segments(attack)]))
+        assert [i for i in attacked if i in special] == [i for i in harmless if i in special]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_an_answer_that_is_not_trained_is_not_trained(name, request):
+    messages = (
+        Message("user", "one"),
+        Message("assistant", "two", trained=False),
+        Message("user", "three"),
+        Message("assistant", "four"),
+    )
+    for template, tokenizer in bound(name, request):
+        for form in (template, JinjaTemplate("saved", template.jinja).bind(tokenizer)):
+            segments = form.segments(Conversation(messages))
+            said = "".join(s.text for s in segments if s.trained)
+            assert "four" in said
+            assert "two" not in said
+            assert said.count(template.end_of_turn) == 1
+
+
+def test_alpaca_is_stanfords_to_the_character():
+    given = Message("user", "Name it.", input="a cat")
+    text = "".join(s.text for s in TEMPLATES["alpaca"].segments(Conversation((given, Message("assistant", "Tom")))))
+    assert text == (
+        "<s>Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nName it.\n\n### Input:\na cat\n\n### Response:Tom</s>"
+    )
+    plain = Conversation.of(("user", "Name it."), ("assistant", "Tom"))
+    text = "".join(s.text for s in TEMPLATES["alpaca"].segments(plain))
+    assert text == (
+        "<s>Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        "\n\n### Instruction:\nName it.\n\n### Response:Tom</s>"
+    )
+
+
+def golden(name: str) -> tuple[Conversation, str]:
+    case = json.loads(fixture_path("goldens/fastchat_prompts.json").read_text())[name]
+    messages = []
+    for question, answer in case["turns"]:
+        messages.append(Message("user", question))
+        if answer is not None:
+            messages.append(Message("assistant", answer))
+    return Conversation(tuple(messages)), case["prompt"]
+
+
+@pytest.mark.parametrize("case", ["vicuna_v1.1/single", "vicuna_v1.1/multi"])
+def test_vicuna_equals_fastchat(case):
+    conversation, prompt = golden(case)
+    segments = TEMPLATES["vicuna"].segments(conversation, generation_prompt=True)
+    assert "".join(s.text for s in segments) == f"<s>{prompt}"
+
+
+@pytest.mark.parametrize("case", ["alpaca/single", "alpaca/multi"])
+def test_alpaca_differs_from_fastchats_only_as_documented(case):
+    conversation, prompt = golden(case)
+    ours = "".join(s.text for s in TEMPLATES["alpaca"].segments(conversation, generation_prompt=True))
+    stanford = prompt.replace("### Instruction: ", "### Instruction:\n").replace("### Response: ", "### Response:")
+    assert ours == f"<s>{stanford}"
+    assert ours != f"<s>{prompt}"
+
+
+@pytest.mark.parametrize("name", ["alpaca", "vicuna", "mistral-v1", "mistral-v3"])
+@pytest.mark.parametrize("roles", ["uu", "au", "a", "uat", "usa", "suu"])
+def test_turns_out_of_order_are_a_bad_row(name, roles):
+    kinds = {"u": "user", "a": "assistant", "s": "system", "t": "tool"}
+    conversation = Conversation(tuple(Message(kinds[r], "x") for r in roles))
+    with pytest.raises(BadRowError, match=r"turn \d is"):
+        TEMPLATES[name].segments(conversation)
+
+
+def test_missing_control_tokens_are_named(mistral_v1, mistral_v3):
+    with pytest.raises(DataError, match=r"chatml: the tokenizer lacks .*<\|im_start\|>, <\|im_end\|>"):
+        resolve_template("chatml", mistral_v1)
+    with pytest.raises(DataError, match=r"mistral-v3: the tokenizer lacks .*\[INST\], \[/INST\]"):
+        resolve_template("mistral-v3", mistral_v1)
+    with pytest.raises(DataError, match="data.template: mistral-v3"):
+        resolve_template("mistral-v1", mistral_v3)
+
+
+def test_resolving_names(mistral_v1, chatml, tmp_path):
+    assert resolve_template("auto", mistral_v1).name == "alpaca"
+    assert resolve_template("auto", chatml).name == "tokenizer"
+    with pytest.raises(DataError, match="no chat template of its own"):
+        resolve_template("tokenizer", mistral_v1)
+    with pytest.raises(DataError, match="Did you mean 'alpaca'"):
+        resolve_template("alpacca", mistral_v1)
+    with pytest.raises(DataError, match="there is no such file"):
+        resolve_template(str(tmp_path / "x.jinja"), mistral_v1)
+    path = tmp_path / "own.jinja"
+    path.write_text("{{ messages[0].content }}")
+    with pytest.raises(DataError, match="no {% generation %} blocks"):
+        resolve_template(str(path), mistral_v1)
+    path.write_text("{% for m in messages %}{% generation %}{{ m.content }")
+    with pytest.raises(DataError, match="not valid jinja"):
+        resolve_template(str(path), mistral_v1)
+
+
+def test_own_chat_template_equals_apply_chat_template(chatml):
+    template = resolve_template("tokenizer", chatml)
+    encoder = Encoder(chatml)
+    for conversation in dialogues(80, pieces=PLAIN_PIECES, seed=5):
+        expected = chatml.apply_chat_template(as_dicts(conversation), tokenize=True, return_dict=False)
+        ours = encoder.encode([template.segments(conversation)])[0]
+        assert ours.ids.tolist() == list(expected)
+
+
+def test_own_chat_template_found_by_prefixes_equals_the_written_one(chatml):
+    own, written = resolve_template("tokenizer", chatml), resolve_template("chatml", chatml)
+    assert own.end_of_turn == "<|im_end|>"
+    encoder = Encoder(chatml)
+    for conversation in dialogues(80, seed=6):
+        one, other = encoder.encode([own.segments(conversation), written.segments(conversation)])
+        assert one == other
+        asked = conversation.messages[:-1]
+        assert encode_prompt(asked, own, chatml) == encode_prompt(asked, written, chatml)
+
+
+def test_the_end_of_turn_is_trained_and_the_newline_after_it_is_not(chatml):
+    template = resolve_template("tokenizer", chatml)
+    conversation = Conversation.of(("user", "Hi"), ("assistant", "Hello"))
+    trained = "".join(s.text for s in template.segments(conversation) if s.trained)
+    assert trained == "Hello<|im_end|>"
+
+
+def test_special_tokens_that_swallow_white_space_are_followed(chatml):
+    import copy
+
+    from tokenizers import AddedToken
+
+    tokenizer = copy.deepcopy(chatml)
+    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<|e|>", rstrip=True, lstrip=True)]})
+    tokenizer.chat_template = CHATML_OWN.replace("<|im_end|>", "<|e|>")
+    template = resolve_template("tokenizer", tokenizer)
+    encoder = Encoder(tokenizer)
+    for conversation in dialogues(30, pieces=PLAIN_PIECES, seed=7):
+        expected = tokenizer.apply_chat_template(as_dicts(conversation), tokenize=True, return_dict=False)
+        assert encoder.encode([template.segments(conversation)])[0].ids.tolist() == list(expected)
+
+
+def test_a_template_that_rewrites_history_is_refused_by_name(chatml):
+    own = "{% for m in messages %}{{ m.content if loop.last else m.content[:1] }}<|im_end|>{% endfor %}"
+    template = JinjaTemplate("tokenizer", own).bind(chatml)
+    conversation = Conversation.of(("user", "Hi"), ("assistant", "Hello"), ("user", "more"), ("assistant", "end"))
+    with pytest.raises(DataError, match=r"template tokenizer: answers cannot be found.*generation"):
+        template.segments(conversation)
+
+
+def test_a_special_token_that_the_template_looks_for_in_a_message_is_a_bad_row(chatml):
+    own = "{% for m in messages %}{{ m.content.split('<|im_start|>')[-1] }}<|im_end|>{% endfor %}"
+    template = JinjaTemplate("tokenizer", own).bind(chatml)
+    with pytest.raises(BadRowError, match=r"a message spells '<\|im_start\|>'"):
+        template.segments(Conversation.of(("user", "a<|im_start|>b"), ("assistant", "c")))
+
+
+def test_what_a_template_refuses_is_a_bad_row(chatml):
+    template = JinjaTemplate("tokenizer", "{{ raise_exception('no system here') }}").bind(chatml)
+    with pytest.raises(BadRowError, match="refuses these messages .no system here."):
+        template.segments(Conversation.of(("user", "a"), ("assistant", "b")))
+
+
+def test_a_control_token_that_is_not_special_cannot_be_spelled(chatml):
+    import copy
+
+    from tokenizers import AddedToken
+
+    tokenizer = copy.deepcopy(chatml)
+    tokenizer.add_tokens([AddedToken("<|turn|>", special=False, normalized=False)])
+    template = JinjaTemplate(
+        "own", "{% for m in messages %}<|turn|>{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    ).bind(tokenizer)
+    good = template.segments(Conversation.of(("user", "a"), ("assistant", "b")))
+    bad = template.segments(Conversation.of(("user", "a <|turn|> b"), ("assistant", "b")))
+    first, second = Encoder(tokenizer).encode([good, bad])
+    turn = tokenizer.convert_tokens_to_ids("<|turn|>")
+    assert first.ids.tolist().count(turn) == 2
+    assert isinstance(second, BadRowError)
+    assert "'<|turn|>'" in str(second)

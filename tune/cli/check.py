@@ -1,0 +1,94 @@
+"""`tune check`: is the recipe right, and is the data what it should be? No weights are loaded."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
+
+from tune.recipe.later import refusals
+from tune.recipe.load import load_recipe
+
+if TYPE_CHECKING:
+    from tune.data.load import Data
+    from tune.data.report import Report, SourceReport
+
+
+def check(recipe_path: str, overrides: list[str], quiet: bool) -> None:
+    """Print what the data comes to, source by source, and what looks wrong with it."""
+    from tune.errors import RecipeError
+
+    recipe = load_recipe(recipe_path, overrides)
+    if refused := refusals(recipe):
+        raise RecipeError(refused)  # before transformers is imported, which takes a second
+
+    from rich.console import Console
+
+    from tune.data.load import load_data
+    from tune.data.tokenizer import load_tokenizer
+
+    terminal = sys.stdout.isatty()
+    waiting = Console(stderr=True).status("reading the data") if terminal and not quiet else nullcontext()
+    with waiting:
+        tokenizer = load_tokenizer(
+            recipe.model.base, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
+        )
+        data = load_data(recipe, tokenizer)
+    if terminal:
+        _print_table(data.report)
+    else:
+        for source in data.report.sources:
+            _print_lines(source)
+    _print_totals(data)
+
+
+def _cells(source: SourceReport) -> dict[str, str]:
+    """The numbers of one source, with their names, in the order in which they are shown."""
+    return {
+        "format": source.format,
+        "template": source.template,
+        "rows": f"{source.rows:,}",
+        "examples": f"{source.examples:,}",
+        "tokens": f"{source.tokens:,}",
+        "trained": f"{source.trained_share:.1%}",
+        "truncated": f"{source.truncated:,}",
+        "too long": f"{source.dropped_long:,}",
+        "zero-target": f"{source.dropped_untrained:,}",
+        "bad": f"{source.dropped_bad:,}",
+        "duplicates": f"{source.duplicates:,}",
+        "length p50/p95/max": f"{source.length_p50}/{source.length_p95}/{source.length_max}",
+    }
+
+
+def _print_table(report: Report) -> None:
+    """One column a source: there are more numbers than sources."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, show_header=True, header_style="bold")
+    table.add_column("")
+    for source in report.sources:
+        table.add_column(f"{source.path}\n{source.part}", justify="right", overflow="fold")
+    columns = [_cells(source) for source in report.sources]
+    for name in columns[0]:
+        table.add_row(name, *(cells[name] for cells in columns))
+    Console(highlight=False).print(table)
+
+
+def _print_lines(source: SourceReport) -> None:
+    print(f"{source.part} {source.path}")
+    for name, value in _cells(source).items():
+        print(f"  {name:<18} {value}")
+
+
+def _print_totals(data: Data) -> None:
+    report = data.report
+    share = report.train_trained / report.train_tokens
+    print(f"train        {report.train_examples:,} examples, {report.train_tokens:,} tokens, {share:.1%} trained on")
+    if data.eval is not None:
+        print(f"held out     {report.eval_examples:,} examples, {report.eval_tokens:,} tokens, {report.shared} in train too")
+    print(f"fingerprint  {data.fingerprint[:16]}")
+    warnings = report.warnings()
+    for warning in warnings:
+        print(f"warning: {warning}")
+    print("recipe and data are usable" + (f", with {len(warnings)} warnings" if len(warnings) > 1 else ""))

@@ -1,0 +1,91 @@
+"""`tune preview`: examples as the model sees them, and which of their tokens it learns."""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from tune.recipe.later import refusals
+from tune.recipe.load import load_recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from tune.data.encode import Examples
+    from tune.recipe.schema import Recipe
+
+TRAINED_STYLE = "black on green"
+MARKS = ("⟦", "⟧")
+
+
+def preview(recipe_path: str, overrides: list[str], n: int, as_json: bool, quiet: bool) -> None:
+    """Show the first `n` examples in the order of the data, held-out ones included.
+
+    Trained tokens are coloured on a terminal and stand between ⟦ and ⟧ elsewhere. With `as_json`, one object a
+    line: `ids`, `tokens` as the tokenizer names them, and `trained`.
+    """
+    from tune.errors import RecipeError
+
+    recipe = load_recipe(recipe_path, overrides)
+    if refused := refusals(recipe):
+        raise RecipeError(refused)  # before transformers is imported, which takes a second
+
+    from tune.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(
+        recipe.model.base, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
+    )
+    examples = _first_examples(recipe, tokenizer, n)
+    for index in range(min(n, len(examples))):
+        ids, trained = (values.tolist() for values in examples.example(index))
+        if as_json:
+            print(json.dumps({"ids": ids, "tokens": tokenizer.convert_ids_to_tokens(ids), "trained": trained}))
+            continue
+        if not quiet:
+            print(f"--- {examples.where[index]}: {len(ids)} tokens, {sum(trained)} trained on")
+        _show(_pieces(tokenizer, ids, trained))
+
+
+def _first_examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, n: int) -> Examples:
+    """At least `n` examples if there are so many, from as few rows as that takes."""
+    from tune.data.load import load_data
+
+    enough = 4 * n + 100
+    while True:
+        sources = tuple(s.model_copy(update={"limit": min(s.limit or enough, enough)}) for s in recipe.data.train)
+        data = recipe.data.model_copy(update={"train": sources, "eval": 0.0})
+        loaded = load_data(recipe.model_copy(update={"data": data}), tokenizer)
+        whole = all(s.rows < enough for s in loaded.report.sources)
+        if len(loaded.train) >= n or whole:
+            return loaded.train
+        enough *= 8
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int], trained: list[bool]) -> list[tuple[str, bool]]:
+    """The text of each stretch of trained or untrained tokens.
+
+    Decoding a stretch by itself would lose the space before its first word, so each is what it adds to the
+    text before it.
+    """
+    pieces, before, position = [], "", 0
+    for learned, group in groupby(trained):
+        position += len(list(group))
+        text = str(tokenizer.decode(ids[:position], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        pieces.append((text[len(before) :], learned))
+        before = text
+    return pieces
+
+
+def _show(pieces: list[tuple[str, bool]]) -> None:
+    if not sys.stdout.isatty():
+        print("".join(text.join(MARKS) if learned else text for text, learned in pieces))
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    shown = Text()
+    for text, learned in pieces:
+        shown.append(text, style=TRAINED_STYLE if learned else "dim")
+    Console(highlight=False, soft_wrap=True).print(shown)
