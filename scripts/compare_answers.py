@@ -1,6 +1,6 @@
 """Print what the base model and the adapter of a run answer to the same prompts, side by side.
 
-    python scripts/compare_answers.py RUN PROMPTS [--max-new-tokens 60]
+    python scripts/compare_answers.py RUN PROMPTS [--max-new-tokens 40]
 
 PROMPTS is a text file, one prompt a line. The model is loaded once; the base's answers are the same model's with the
 adapter switched off. Answers are greedy, so that running this twice shows the same.
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Show a run's answers beside its base model's.")
     parser.add_argument("run", type=Path, help="a run folder, or one of its checkpoints")
     parser.add_argument("prompts", type=Path, help="a text file, one prompt a line")
-    parser.add_argument("--max-new-tokens", type=int, default=60, help="length of an answer (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=40, help="length of an answer (default: %(default)s)")
     options = parser.parse_args(arguments)
     # Wider columns are harder to read, narrower ones break every word.
     width = min(max(shutil.get_terminal_size((80, 24)).columns, 60), 100)
@@ -75,6 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(
                 "", *textwrap.wrap(f"> {prompt}", width), "", *side_by_side(base, adapted, width), sep="\n", flush=True
             )
+        print(f"\n(each answer ends after {options.max_new_tokens} tokens at the latest)")
     except TuneError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -47,7 +47,9 @@ PIECES = (
 PLAIN_PIECES = tuple(piece for piece in PIECES if "<" not in piece and "[" not in piece)
 
 
-def dialogues(count: int, *, pieces: tuple[str, ...] = PIECES, seed: int = 0, inputs: bool = False) -> list[Conversation]:
+def dialogues(
+    count: int, *, pieces: tuple[str, ...] = PIECES, seed: int = 0, inputs: bool = False
+) -> list[Conversation]:
     """Alternating dialogues of one to four answers, with all kinds of white space at the ends of turns."""
     rng = random.Random(seed)
 
@@ -70,8 +72,7 @@ def dialogues(count: int, *, pieces: tuple[str, ...] = PIECES, seed: int = 0, in
 def as_dicts(conversation: Conversation) -> list[dict[str, str]]:
     """The messages as a chat template gets them."""
     return [
-        {"role": m.role, "content": m.content, **({"input": m.input} if m.input else {})}
-        for m in conversation.messages
+        {"role": m.role, "content": m.content, **({"input": m.input} if m.input else {})} for m in conversation.messages
     ]
 
 

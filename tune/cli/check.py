@@ -86,9 +86,11 @@ def _print_totals(data: Data) -> None:
     share = report.train_trained / report.train_tokens
     print(f"train        {report.train_examples:,} examples, {report.train_tokens:,} tokens, {share:.1%} trained on")
     if data.eval is not None:
-        print(f"held out     {report.eval_examples:,} examples, {report.eval_tokens:,} tokens, {report.shared} in train too")
+        shared = f"{report.shared} of them in train too"
+        print(f"held out     {report.eval_examples:,} examples, {report.eval_tokens:,} tokens, {shared}")
     print(f"fingerprint  {data.fingerprint[:16]}")
     warnings = report.warnings()
     for warning in warnings:
         print(f"warning: {warning}")
-    print("recipe and data are usable" + (f", with {len(warnings)} warnings" if len(warnings) > 1 else ""))
+    counted = "1 warning" if len(warnings) == 1 else f"{len(warnings)} warnings"
+    print(f"recipe and data are usable, with {counted}" if warnings else "recipe and data are usable")

@@ -44,6 +44,11 @@ class BadRow:
     def __str__(self) -> str:
         return f"{self.where}: {self.reason}"
 
+    @property
+    def position(self) -> int:
+        """The line or index that `where` ends with."""
+        return int(re.findall(r"\d+", self.where)[-1])
+
 
 @dataclass(slots=True)
 class Rows:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 Encode = Callable[[str], list[int]]
 
+_FILES = ("tokenizer.json", "tokenizer.model")
+
 _PROBES = (
     "Hello",
     "Hi  Hello",
@@ -48,24 +50,25 @@ def load_tokenizer(
     folder = Path(base).expanduser()
     _check_place(base, folder)
     place = str(folder) if folder.is_dir() else base
-    files = {name: _file(place, name, revision) for name in ("tokenizer.json", "tokenizer.model")}
+    files = _local_files(folder) if folder.is_dir() else _hub_files(base, revision)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     if folder.is_dir() and not any(files.values()) and not list(folder.glob("*vocab*")):
         raise ModelError(
             f"{base}: has no tokenizer (neither tokenizer.json nor tokenizer.model). "
             "Copy the tokenizer's files of the original model into it."
         )
-    truth = _truth(files)
+    truth, name = _truth(base, files)
+    misread = None
     for candidate in _candidates(place, base, files, options):
         if not getattr(candidate, "is_fast", False):
-            raise ModelError(f"{base}: its tokenizer is not a fast one, so tokens cannot be traced to the text.")
-        if truth is None or not _differs(candidate, truth):
+            continue
+        misread = _differs(candidate, truth) if truth is not None else None
+        if misread is None:
             return candidate
-        last = candidate
-    assert truth is not None
-    text = _differs(last, truth)
+    if misread is None:
+        raise ModelError(f"{base}: its tokenizer is not a fast one, so tokens cannot be traced to the text.")
     raise DataError(
-        f"{base}: its tokenizer reads {text!r} differently from its own {_truth_name(files)}, "
+        f"{base}: its tokenizer reads {misread!r} differently from its own {name}, "
         "so training would see other tokens than the model knows. Use a tokenizer.json that matches."
     )
 
@@ -80,18 +83,29 @@ def _check_place(base: str, folder: Path) -> None:
         raise ModelError(f"{base}: there is no such folder.{did_you_mean(folder.name, names)}")
 
 
-def _file(place: str, name: str, revision: str | None) -> Path | None:
-    """The path of one of the model's files, fetched where needed, or None where the model has no such file."""
-    if Path(place).is_dir():
-        path = Path(place) / name
-        return path if path.is_file() else None
+def _local_files(folder: Path) -> dict[str, Path | None]:
+    return {name: folder / name if (folder / name).is_file() else None for name in _FILES}
+
+
+def _hub_files(base: str, revision: str | None) -> dict[str, Path | None]:
+    """The tokenizer's files in the cache, fetched where they are not, with None for what the model does not have.
+
+    Asking the hub for the model comes first: it fails at once, where fetching a file tries again for a minute.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
     from transformers.utils import cached_file
 
+    found = {name: try_to_load_from_cache(base, name, revision=revision) for name in _FILES}
+    cached = {name: Path(path) if isinstance(path, str) else None for name, path in found.items()}
+    if any(cached.values()):
+        return cached
     try:
-        found = cached_file(place, name, revision=revision, _raise_exceptions_for_missing_entries=False)
-    except (OSError, ValueError) as error:
-        raise ModelError(hub_problem(place, revision, error)) from error
-    return Path(found) if found else None
+        listed = {file.rfilename for file in HfApi().model_info(base, revision=revision, timeout=10).siblings or []}
+        paths = {name: cached_file(base, name, revision=revision) for name in _FILES if name in listed}
+    # From name resolution to a refused token, every layer raises its own kind; each ends as one clear message.
+    except Exception as error:
+        raise ModelError(hub_problem(base, revision, error)) from error
+    return {name: Path(paths[name]) if paths.get(name) else None for name in _FILES}
 
 
 def _candidates(
@@ -145,27 +159,28 @@ def hub_problem(base: str, revision: str | None, error: Exception) -> str:
     return f"{base}: its tokenizer cannot be loaded ({' '.join(str(error).split())[:200]}). See {page}."
 
 
-def _truth_name(files: dict[str, Path | None]) -> str:
-    return "tokenizer.model" if files["tokenizer.model"] is not None else "tokenizer.json"
+def _truth(base: str, files: dict[str, Path | None]) -> tuple[Encode | None, str]:
+    """How the model's own file reads a text, and that file's name; no way to tell where there is no file."""
+    from sentencepiece import SentencePieceProcessor
+    from tokenizers import Tokenizer
 
-
-def _truth(files: dict[str, Path | None]) -> Encode | None:
-    """How the model's own files read a text; None where there are none to ask."""
-    try:
-        if files["tokenizer.model"] is not None:
-            from sentencepiece import SentencePieceProcessor
-
-            return cast(Encode, SentencePieceProcessor(model_file=str(files["tokenizer.model"])).encode)
-        if files["tokenizer.json"] is not None:
-            from tokenizers import Tokenizer
-
-            backend = Tokenizer.from_file(str(files["tokenizer.json"]))
-            return lambda text: backend.encode(text, add_special_tokens=False).ids
-    # Both libraries raise a bare Exception or RuntimeError for a file that they cannot parse.
-    except Exception as error:
-        broken = files["tokenizer.model"] or files["tokenizer.json"]
-        raise ModelError(f"{broken}: is no tokenizer that can be read ({error}). Fetch it again.") from error
-    return None
+    problem: Exception | None = None
+    # Both libraries raise a bare Exception or RuntimeError for a file that they cannot parse. A tokenizer.model
+    # need not be SentencePiece's: then tokenizer.json is the truth.
+    if (path := files["tokenizer.model"]) is not None:
+        try:
+            return cast(Encode, SentencePieceProcessor(model_file=str(path)).encode), path.name
+        except Exception as error:
+            problem = error
+    if (path := files["tokenizer.json"]) is not None:
+        try:
+            backend = Tokenizer.from_file(str(path))
+            return lambda text: backend.encode(text, add_special_tokens=False).ids, path.name
+        except Exception as error:
+            problem = error
+    if problem is not None:
+        raise ModelError(f"{base}: its tokenizer cannot be read ({problem}). Fetch its files again.") from problem
+    return None, ""
 
 
 def _differs(tokenizer: PreTrainedTokenizerBase, truth: Encode) -> str | None:

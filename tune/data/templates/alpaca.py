@@ -23,10 +23,8 @@ _WITH_INPUT = (
     "Write a response that appropriately completes the request."
 )
 
-_JINJA = (
-    ALTERNATION
-    + """\
-{{- bos_token -}}
+_TURNS = """\
+BOS
 {%- for message in turns -%}
     {%- if loop.first -%}
         {%- if system is not none -%}
@@ -49,7 +47,7 @@ _JINJA = (
     {%- endif -%}
 {%- endfor -%}
 """
-).replace("WITH_INPUT", _WITH_INPUT)
+_JINJA = ALTERNATION + _TURNS.replace("WITH_INPUT", _WITH_INPUT).replace("WITHOUT_INPUT", _WITHOUT_INPUT)
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,11 @@ class Alpaca(WrittenTemplate):
     """Stanford Alpaca's two prompts."""
 
     name: str = "alpaca"
-    jinja: str = _JINJA.replace("WITHOUT_INPUT", _WITHOUT_INPUT)
+
+    @property
+    def jinja(self) -> str:
+        """The jinja form for the bound tokenizer."""
+        return self.rendering(_JINJA)
 
     def segments(self, conversation: Conversation, *, generation_prompt: bool = False) -> list[Segment]:
         """The conversation in segments. Raises BadRowError when the turns do not alternate."""

@@ -9,7 +9,7 @@ trailing spaces, and only spaces, from answers. Both join a system prompt and it
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from tune.data.conversation import Conversation, Message
 from tune.data.templates.segment import Segment
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _JINJA_V1 = (
     ALTERNATION
     + """\
-{{- bos_token -}}
+BOS
 {%- for message in turns -%}
     {%- if message['role'] == 'user' -%}
         {{- 'SPACE[INST] ' -}}
@@ -44,7 +44,7 @@ _JINJA_V1 = (
 _JINJA_V3 = (
     ALTERNATION
     + """\
-{{- bos_token -}}
+BOS
 {%- for message in turns -%}
     {%- if message['role'] == 'user' -%}
         {{- '[INST]SPACE' -}}
@@ -69,11 +69,12 @@ class MistralV1(WrittenTemplate):
     """`[INST]` as plain text."""
 
     name: str = "mistral-v1"
+    always_bos: ClassVar[bool] = True
 
     @property
     def jinja(self) -> str:
         """The jinja form for the bound tokenizer."""
-        return _JINJA_V1.replace("SPACE", self.space)
+        return self.rendering(_JINJA_V1)
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raise DataError when the tokenizer has `[INST]` as a control token: it belongs to a later version."""
@@ -103,11 +104,12 @@ class MistralV3(WrittenTemplate):
     """`[INST]` and `[/INST]` as control tokens."""
 
     name: str = "mistral-v3"
+    always_bos: ClassVar[bool] = True
 
     @property
     def jinja(self) -> str:
         """The jinja form for the bound tokenizer."""
-        return _JINJA_V3.replace("SPACE", self.space)
+        return self.rendering(_JINJA_V3)
 
     def control_tokens(self) -> list[str]:
         """The control tokens that the tokenizer must have."""

@@ -16,7 +16,7 @@ _SYSTEM = (
 _JINJA = (
     ALTERNATION
     + """\
-{{- bos_token -}}
+BOS
 {{- (system if system is not none else "SYSTEM") + ' ' -}}
 {%- for message in turns -%}
     {%- if message['role'] == 'user' -%}
@@ -38,7 +38,11 @@ class Vicuna(WrittenTemplate):
     """Vicuna v1.1; the answer's leading space is trained with it."""
 
     name: str = "vicuna"
-    jinja: str = _JINJA
+
+    @property
+    def jinja(self) -> str:
+        """The jinja form for the bound tokenizer."""
+        return self.rendering(_JINJA)
 
     def segments(self, conversation: Conversation, *, generation_prompt: bool = False) -> list[Segment]:
         """The conversation in segments. Raises BadRowError when the turns do not alternate."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from tune.data.conversation import BadRowError, Conversation, Message
 from tune.data.templates.segment import Segment
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 class WrittenTemplate:
     """A template bound to a tokenizer's tokens; unbound, those of Llama and Mistral stand in.
 
+    `bos` is written where the tokenizer itself begins a text with it, and empty elsewhere: some tokenizers name a
+    token that no text of theirs ever began with. Templates whose reference always writes it say `always_bos`.
     `space` is what must stand before a text that follows a control token for the tokenizer to read it as
     it reads a text of its own: nothing where the tokenizer prepends a space there itself, else one space.
     """
@@ -25,6 +27,7 @@ class WrittenTemplate:
     bos: str = "<s>"
     eos: str = "</s>"
     space: str = ""
+    always_bos: ClassVar[bool] = False
 
     @property
     def end_of_turn(self) -> str | None:
@@ -37,9 +40,10 @@ class WrittenTemplate:
 
     def bind(self, tokenizer: PreTrainedTokenizerBase) -> Self:
         """This template with the tokenizer's own begin and end tokens."""
+        begins = tokenizer.bos_token and (self.always_bos or tokenizer.encode("a")[0] == tokenizer.bos_token_id)
         return replace(
             self,
-            bos=str(tokenizer.bos_token or ""),
+            bos=str(tokenizer.bos_token) if begins else "",
             eos=str(tokenizer.eos_token or ""),
             space=_space_after_control(tokenizer),
         )
@@ -58,6 +62,11 @@ class WrittenTemplate:
                 f"template {self.name}: the tokenizer lacks the control tokens {', '.join(missing)}. "
                 "Choose a template made of plain text, such as alpaca or vicuna, or another base model."
             )
+
+    def rendering(self, jinja: str) -> str:
+        """The jinja form for the bound tokenizer: with its space, and without `bos_token` where none is written."""
+        bos = "{{- bos_token -}}\n" if self.bos else ""
+        return jinja.replace("BOS\n", bos).replace("SPACE", self.space)
 
     def opening(self) -> list[Segment]:
         """The begin-of-sequence token, where the tokenizer has one."""
