@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tune.errors import RunError
+from tune.errors import RunError, did_you_mean
 
 _STEP = re.compile(r"step-(\d{6,})")
 MANIFEST = "manifest.json"
@@ -68,11 +68,19 @@ class RunFolder:
         return sorted(int(match[1]) for match in found if match)
 
     def read_finished(self) -> dict[str, Any] | None:
-        """The summary of a finished run, or None."""
+        """The summary of a finished run, or None.
+
+        Raises:
+            RunError: there is one that cannot be read.
+        """
         if not self.finished.is_file():
             return None
-        summary: dict[str, Any] = json.loads(self.finished.read_text(encoding="utf-8"))
-        return summary
+        try:
+            return dict(json.loads(self.finished.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise RunError(
+                f"{self.finished}: cannot be read ({error}). Remove it; --resume writes it again."
+            ) from error
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -82,7 +90,10 @@ class RunFolder:
             RunError: another process holds it, or the folder cannot be written.
         """
         with explain_os_errors(self.root):
-            self.root.mkdir(parents=True, exist_ok=True)
+            try:
+                self.root.mkdir(parents=True, exist_ok=True)
+            except FileNotFoundError:  # as /proc answers
+                raise RunError(f"{self.root}: no folder can be made there. Change the recipe's output.") from None
             handle = open(self.root / ".lock", "a")  # noqa: SIM115  held for the whole run
         with handle:
             try:
@@ -109,12 +120,16 @@ def folder_of(path: str | Path) -> tuple[RunFolder, Path]:
     """
     given = Path(path).expanduser()
     if not given.exists():
-        raise RunError(f"{path}: no such run. Give a run folder such as runs/quickstart, or one of its checkpoints.")
+        near = did_you_mean(given.name, os.listdir(given.parent)) if given.parent.is_dir() else ""
+        raise RunError(
+            f"{path}: no such run. Give a run folder such as runs/quickstart, or one of its checkpoints.{near}"
+        )
     if given.parent.name == "checkpoints" and _STEP.fullmatch(given.name):
         return RunFolder(given.parent.parent), given
     run = RunFolder(given)
     if not run.recipe.is_file():
-        raise RunError(f"{path}: not a run folder (it holds no recipe.yaml). Give one that `tune train` made.")
+        inside = f" Did you mean {str(given.parent)!r}?" if (given.parent / "recipe.yaml").is_file() else ""
+        raise RunError(f"{path}: not a run folder (it holds no recipe.yaml). Give one that `tune train` made.{inside}")
     if run.adapter.is_dir():
         return run, run.adapter
     steps = run.steps()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tune.errors import RecipeError
+from tune.errors import RecipeError, RunError, UntrustworthyError
 from tune.folder import RunFolder, explain_os_errors, write_file, write_folder
 from tune.recipe.later import refusals
 from tune.recipe.load import recipe_to_yaml
@@ -75,19 +76,24 @@ def train(recipe: Recipe, resume: bool = False, progress: Progress | None = None
 
 def _train_locked(recipe: Recipe, resume: bool, run: RunFolder, devices: Devices, progress: Progress) -> FinishedRun:
     from tune.adapters.coverage import check_coverage
-    from tune.adapters.lora import attach, resolve_targets
-    from tune.adapters.start import start_from
+    from tune.adapters.lora import attach, read_adapter, resolve_targets
+    from tune.adapters.start import find_start
     from tune.data.load import load_data
     from tune.data.tokenizer import load_tokenizer
     from tune.models.hub import read_config
-    from tune.models.load import check_supported, load_base
+    from tune.models.load import check_supported, check_vocabulary, load_base
     from tune.planning.memory import plan_rows
     from tune.training.checkpoint import newest_whole
+    from tune.training.metrics import check_trackers
+    from tune.training.optimizer import check_optimizer
     from tune.training.resume import check_data, check_same, check_start
     from tune.training.trainer import Job, Trainer
 
     model = recipe.model
     devices.first(lambda: check_start(run, resume))
+    check_optimizer(recipe.train, devices.device)
+    check_trackers(recipe.tracking.to)
+    start = find_start(recipe.adapter.start_from) if recipe.adapter.start_from is not None else None
     check_supported(model, read_config(model.base, model.revision, model.trust_remote_code))
     tokenizer = load_tokenizer(model.base, revision=model.revision, trust_remote_code=model.trust_remote_code)
     with progress.phase("reading data") as advance:
@@ -100,7 +106,7 @@ def _train_locked(recipe: Recipe, resume: bool, run: RunFolder, devices: Devices
         longer = check_same(run, recipe)
         finished = run.read_finished()
         if finished is not None and not longer:
-            return FinishedRun(**{**finished, "already": True})
+            return _already(run, finished)
         resume_step, damaged = newest_whole(run)
         for step in damaged:
             progress.warn(f"{run.checkpoint(step)} is damaged; the one before it is used")
@@ -108,10 +114,11 @@ def _train_locked(recipe: Recipe, resume: bool, run: RunFolder, devices: Devices
 
     with progress.phase("loading the base"):
         base = load_base(model, devices.device)
+    check_vocabulary(base, model.base, max(int(part.ids.max()) for part in (data.train, data.eval) if part is not None))
     claimed = resolve_targets(recipe.adapter, base, model.base)
     adapted = attach(base, recipe.adapter, model.base, recipe.train.seed)
-    if recipe.adapter.start_from is not None and resume_step is None:
-        start_from(recipe.adapter.start_from, adapted)
+    if start is not None and resume_step is None:
+        read_adapter(start, adapted)
     coverage = check_coverage(base.model, claimed, model.quantization)
     longest = int(data.train.lengths.max())
     rows = plan_rows(recipe.train, base.config, longest, base.model.dtype, devices.device)
@@ -129,6 +136,15 @@ def _train_locked(recipe: Recipe, resume: bool, run: RunFolder, devices: Devices
     return result
 
 
+def _already(run: RunFolder, finished: dict[str, Any]) -> FinishedRun:
+    try:
+        return FinishedRun(**{**finished, "already": True})
+    except TypeError as error:
+        raise RunError(
+            f"{run.finished}: is not of this version ({error}). Remove it; --resume writes it again."
+        ) from error
+
+
 def _check_checkpoint(run: RunFolder, step: int | None, data: Data, progress: Progress, check_data: Any) -> None:
     from tune.training.checkpoint import machine_differences, read_state
 
@@ -140,7 +156,9 @@ def _check_checkpoint(run: RunFolder, step: int | None, data: Data, progress: Pr
     progress.line(f"resume from step {step}")
     differences = machine_differences(saved)
     if differences:
-        progress.warn(f"not the machine this run began on ({'; '.join(differences)}): it will not end bit for bit the same")
+        progress.warn(
+            f"not the machine this run began on ({'; '.join(differences)}): it will not end bit for bit the same"
+        )
 
 
 def _begin(run: RunFolder, recipe: Recipe, data: Data, coverage: Coverage) -> None:
@@ -190,13 +208,18 @@ def _result(recipe: Recipe, run: RunFolder, state: TrainingState, held_out: bool
 
     best = state.best_step if state.best_step is not None and recipe.train.keep_best else None
     after = state.best_loss if best is not None else state.last_loss
+    if after is None or not math.isfinite(after):
+        raise UntrustworthyError(
+            f"{run.root}: the loss diverged: on {'held-out' if held_out else 'training'} data it is not finite after "
+            f"{state.step} steps ({after}). No adapter was written. Lower train.learning_rate, or look at the base."
+        )
     return FinishedRun(
         output=str(run.root),
         steps=state.step,
         adapter_step=best if best is not None else state.step,
         measured_on="held-out data" if held_out else "training data",
         loss_before=state.first_loss if state.first_loss is not None else float("nan"),
-        loss_after=after if after is not None else float("nan"),
+        loss_after=after,
         tokens_per_second=round(state.trained_tokens / max(state.trained_seconds, 1e-9), 1),
         peak_memory_bytes=peak_memory_bytes(devices.device),
     )
@@ -219,5 +242,3 @@ def _finish(run: RunFolder, recipe: Recipe, tokenizer: Any, template: Any, resul
         write_folder(run.adapter, files)
         summary = {key: value for key, value in asdict(result).items() if key != "already"}
         write_file(run.finished, json.dumps(summary, indent=1) + "\n")
-
-

@@ -7,7 +7,9 @@ import torch
 from tune.kernels.nf4_linear import dequantize, nf4_lora_linear, nf4_lora_linear_reference
 
 
-def packed_linear(in_features: int, out_features: int, bias: bool, dtype: torch.dtype = torch.float32) -> bnb.nn.Linear4bit:
+def packed_linear(
+    in_features: int, out_features: int, bias: bool, dtype: torch.dtype = torch.float32
+) -> bnb.nn.Linear4bit:
     linear = bnb.nn.Linear4bit(in_features, out_features, bias, compute_dtype=dtype, quant_type="nf4")
     state = {"weight": torch.randn(out_features, in_features, dtype=dtype) / in_features**0.5}
     if bias:

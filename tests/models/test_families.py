@@ -10,7 +10,15 @@ from peft import PeftModel
 
 from tests.tiny import VOCABULARY, dequantized_twin, write_model
 from tune.adapters.coverage import check_coverage
-from tune.adapters.lora import ADAPTER, adapter_bytes, adapter_config_text, adapter_parameters, attach, linears, resolve_targets
+from tune.adapters.lora import (
+    ADAPTER,
+    adapter_bytes,
+    adapter_config_text,
+    adapter_parameters,
+    attach,
+    linears,
+    resolve_targets,
+)
 from tune.errors import ModelError
 from tune.models.catalog import FAMILIES
 from tune.models.load import load_base
@@ -58,7 +66,9 @@ def test_every_gradient_equals_stock_peft_on_the_dequantised_weights(
         ours.train(), stock.train()
         ours(input_ids=ids, labels=ids).loss.backward()
         stock(input_ids=ids, labels=ids).loss.backward()
-        reference = {name.replace(f".{ADAPTER}.", "."): p.grad for name, p in stock.named_parameters() if p.requires_grad}
+        reference = {
+            name.replace(f".{ADAPTER}.", "."): p.grad for name, p in stock.named_parameters() if p.requires_grad
+        }
         mine = {name.replace(f".{ADAPTER}.", "."): p.grad for name, p in adapter_parameters(ours)}
         assert mine.keys() == reference.keys()
         for name, gradient in mine.items():

@@ -10,7 +10,27 @@ from tests.tiny import write_model
 from tune.recipe.load import load_recipe
 from tune.recipe.schema import Recipe
 
-WORDS = "the lamp turns over a calm sea and the keeper writes down every ship that passes before the tide".split()
+WORDS = [
+    "the",
+    "lamp",
+    "turns",
+    "over",
+    "a",
+    "calm",
+    "sea",
+    "and",
+    "the",
+    "keeper",
+    "writes",
+    "down",
+    "every",
+    "ship",
+    "that",
+    "passes",
+    "before",
+    "the",
+    "tide",
+]
 
 
 def write_rows(path: Path, count: int, start: int = 0) -> Path:

@@ -52,7 +52,12 @@ def test_gradients_of_a_step_do_not_depend_on_rows_packing_or_recomputation(
     recipe = tiny_recipe(tmp_path, base=base)
     reference = gradients(recipe, 10**6, packed=False)
     assert all(gradient.norm() > 0 for gradient in reference.values())
-    for row_tokens, packed, recompute in ((64, True, False), (512, True, False), (10**6, True, False), (512, True, True)):
+    for row_tokens, packed, recompute in (
+        (64, True, False),
+        (512, True, False),
+        (10**6, True, False),
+        (512, True, True),
+    ):
         ours = gradients(recipe, row_tokens, packed, recompute)
         for name, gradient in reference.items():
             assert relative(ours[name], gradient) < 1e-5, (name, row_tokens, packed, recompute)

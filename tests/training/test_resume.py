@@ -21,7 +21,7 @@ from tune.errors import RunError
 from tune.folder import RunFolder
 from tune.run import train
 
-KILLS = int(os.environ.get("TUNE_KILLS", "20"))
+KILLS = int(os.environ.get("TUNE_SLOW_COUNT", "20"))
 
 
 def adapter(run: Path) -> bytes:

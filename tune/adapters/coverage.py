@@ -136,7 +136,8 @@ def _trains(layer: Any, rank: int) -> bool:
     if layer is None or not layer.active_adapters:
         return False
     name = layer.active_adapters[0]
-    return layer.r.get(name) == rank and layer.lora_A[name].weight.requires_grad and layer.lora_B[name].weight.requires_grad
+    trained = layer.lora_A[name].weight.requires_grad and layer.lora_B[name].weight.requires_grad
+    return bool(layer.r.get(name) == rank and trained)
 
 
 def _shortfall(key: str, words: str, names: list[str]) -> str:

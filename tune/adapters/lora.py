@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-import tune.kernels  # noqa: F401  imports bitsandbytes quietly, before peft does
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from torch import Tensor, nn
 
 from tune.errors import ModelError, did_you_mean
 from tune.kernels.nf4_linear import nf4_lora_linear
@@ -63,7 +61,9 @@ def linears(model: nn.Module) -> dict[str, nn.Module]:
     """Return the linear layers of a base by name, without its output head, which stays frozen and in 16 bit."""
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if get_head is not None else None
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head}
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
+    }
 
 
 def _matches(name: str, suffix: str) -> bool:
@@ -78,6 +78,10 @@ def resolve_targets(section: schema.Adapter, base: LoadedBase, base_name: str) -
     """
     known = linears(base.model)
     last_names = sorted({name.rsplit(".", 1)[-1] for name in known})
+    if not known:
+        raise ModelError(
+            f"model.base: {base_name} has no linear layers, so there is nothing to adapt. Check its config.json."
+        )
 
     def find(key: str, suffix: str) -> list[str]:
         found = [name for name in known if _matches(name, suffix)]
@@ -192,14 +196,15 @@ def read_adapter(folder: Path, model: PeftModel) -> None:
     """
     config_path, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     if not config_path.is_file():
-        raise ModelError(f"{folder}: holds no adapter_config.json, so it is not a PEFT adapter.")
+        raise ModelError(f"{folder}: holds no adapter_config.json, so it is not a PEFT adapter. Give a folder that is.")
     if not weights.is_file():
-        pickled = " It holds a pickled one, which is never read." if (folder / "adapter_model.bin").exists() else ""
-        raise ModelError(f"{folder}: holds no adapter_model.safetensors.{pickled}")
+        pickled = (folder / "adapter_model.bin").exists()
+        remedy = "The pickled one it holds is never read: save it as safetensors." if pickled else "Copy it again."
+        raise ModelError(f"{folder}: holds no adapter_model.safetensors. {remedy}")
     try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
+        config = dict(json.loads(config_path.read_text(encoding="utf-8")))
         state = load_file(os.fspath(weights))
-    except (ValueError, OSError, SafetensorError) as error:
+    except (ValueError, TypeError, OSError, SafetensorError) as error:
         raise ModelError(f"{folder}: the adapter cannot be read ({error}). The copy may be incomplete.") from error
     ours = model.peft_config[ADAPTER]
     for theirs, mine in (("r", "rank"), ("lora_alpha", "alpha")):
@@ -209,7 +214,9 @@ def read_adapter(folder: Path, model: PeftModel) -> None:
                 f"{getattr(ours, theirs)}. Set adapter.{mine}: {config.get(theirs)} to continue it."
             )
     if config.get("use_dora") or config.get("use_rslora") or config.get("modules_to_save"):
-        raise ModelError(f"{folder}: uses DoRA, rank-stabilised scaling or trained whole modules, which this version does not.")
+        raise ModelError(
+            f"{folder}: uses DoRA, rank-stabilised scaling or trained whole modules, which this version does not."
+        )
     wanted = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
     missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     wrong = sorted(name for name in wanted.keys() & state.keys() if wanted[name].shape != state[name].shape)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -129,7 +129,7 @@ def recipes(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and end the process with the its exit code: 0, 1, 2, 3, 130 or 143."""
+    """Run the command line and end the process with its exit code: 0, 1, 2, 3, 130 or 143."""
     sys.exit(_run(arguments))
 
 
@@ -137,10 +137,18 @@ def main(arguments: list[str] | None = None) -> None:
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 
+def _usage(error: Any) -> str:
+    """A mistake on the command line in one line, as every other mistake is told."""
+    verb = error.ctx.command_path if error.ctx is not None else "tune"
+    words = " ".join(error.format_message().split())
+    return f"{verb}: {words}{'' if words.endswith(('.', '?')) else '.'} See `{verb} --help`."
+
+
 def _run(arguments: list[str] | None) -> int:
     if not sys.warnoptions:
         # Libraries warn each other's developers; what a user should know is said by tune itself.
         warnings.simplefilter("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         code = app(args=arguments, prog_name="tune", standalone_mode=False)
         sys.stdout.flush()
@@ -149,7 +157,7 @@ def _run(arguments: list[str] | None) -> int:
         print(error, file=sys.stderr)
         return error.exit_code
     except _UsageError as error:
-        error.show()  # type: ignore[attr-defined]
+        print(_usage(error), file=sys.stderr)
         return 2
     except (typer.Abort, KeyboardInterrupt):
         print("stopped", file=sys.stderr)

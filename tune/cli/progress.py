@@ -9,7 +9,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as Bar
 from rich.table import Table
 
@@ -78,7 +85,8 @@ class ConsoleProgress(Progress):
     def step(self, metrics: dict[str, Any], total: int, log: bool) -> None:
         words = (
             f"step {metrics['step']}/{total}  loss {metrics['loss']:.4f}  lr {metrics['learning_rate']:.2e}  "
-            f"grad {metrics['grad_norm']:.3f}  {metrics['tokens_per_second']:,.0f} tokens/s  {size(metrics['memory_bytes'])}"
+            f"grad {metrics['grad_norm']:.3f}  {metrics['tokens_per_second']:,.0f} tokens/s  "
+            f"{size(metrics['memory_bytes'])}"
         )
         if not self.console.is_terminal:
             self._steps = ()

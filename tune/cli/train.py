@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import sys
 
 from tune.recipe.later import refusals
@@ -29,11 +30,14 @@ def train(recipe_path: str, overrides: list[str], resume: bool, quiet: bool) -> 
         progress.close()
     if int(os.environ.get("RANK", "0")):
         return
-    program = "tune" if os.path.basename(sys.argv[0]) == "tune" else f"{os.path.basename(sys.executable)} -m tune"
     if result.already:
         print(f"already finished: {result.steps} steps, the adapter is in {result.adapter}")
         return
-    best = f"step {result.adapter_step} of {result.steps}, the best" if result.adapter_step != result.steps else "the last step"
+    best = (
+        f"step {result.adapter_step} of {result.steps}, the best"
+        if result.adapter_step != result.steps
+        else "the last step"
+    )
     print(f"\nadapter      {result.adapter}  ({best})")
     print(
         f"loss         {result.loss_before:.4f} before, {result.loss_after:.4f} after, on {result.measured_on}"
@@ -41,8 +45,19 @@ def train(recipe_path: str, overrides: list[str], resume: bool, quiet: bool) -> 
     )
     print(f"speed        {result.tokens_per_second:,.0f} tokens/s")
     print(f"peak memory  {size(result.peak_memory_bytes)}")
-    print(f'next         {program} generate {result.output} "your prompt"')
+    print(f'next         {_program()} generate {result.output} "your prompt"')
 
 
 def _perplexity(loss: float) -> str:
     return f"{math.exp(loss):.2f}" if loss < 20 else "very high"
+
+
+def _program() -> str:
+    """How this program is called from here: by its name if the shell finds it, else by its path."""
+    path = sys.argv[0]
+    if os.path.basename(path) == "tune":
+        found = shutil.which("tune")
+        return "tune" if found and os.path.samefile(found, path) else os.path.relpath(path)
+    python = shutil.which(os.path.basename(sys.executable))
+    known = python and os.path.realpath(python) == os.path.realpath(sys.executable) and python == sys.executable
+    return f"{os.path.basename(sys.executable) if known else os.path.relpath(sys.executable)} -m tune"

@@ -12,8 +12,17 @@ def adapter_card(recipe: Recipe, loss_before: float, loss_after: float, measured
     base, adapter, train = recipe.model.base, recipe.adapter, recipe.train
     hub_base = base if base.count("/") == 1 and not Path(base).expanduser().exists() else None
     named = hub_base or Path(base).name
-    sources = ", ".join(Path(source.path).name if Path(source.path).exists() else source.path for source in recipe.data.train)
-    header = ["---", "library_name: peft", *([f"base_model: {hub_base}"] if hub_base else []), "tags: [lora]", "---", ""]
+    sources = ", ".join(
+        Path(source.path).name if Path(source.path).exists() else source.path for source in recipe.data.train
+    )
+    header = [
+        "---",
+        "library_name: peft",
+        *([f"base_model: {hub_base}"] if hub_base else []),
+        "tags: [lora]",
+        "---",
+        "",
+    ]
     length = f"{train.max_steps} steps" if train.max_steps else f"{train.epochs:g} epochs"
     return "\n".join(
         [

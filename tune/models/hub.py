@@ -6,44 +6,73 @@ asking. The config is asked for first, so that a missing right is told before an
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tune.errors import ModelError, did_you_mean
 
 
-def explain(error: Exception, repo: str) -> str:
-    """Return one message for what huggingface_hub raised about `repo`, with the way out."""
+def explain(error: Exception, repo: str, key: str = "model.base") -> str:
+    """Return one message for what huggingface_hub raised about `repo`, with the way out. `key` is the recipe's."""
     from huggingface_hub import errors
 
     page = f"https://huggingface.co/{repo}"
     if isinstance(error, errors.GatedRepoError):
         return (
-            f"{repo}: this model is gated and your account has not been let in. Accept its terms at {page}, "
+            f"{key}: {repo} is gated and your account has not been let in. Accept its terms at {page}, "
             "then log in with `hf auth login` or set HF_TOKEN."
         )
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"{repo}: the Hub has no such revision of it. See {page}/tree/main for its branches and tags."
+        return f"{key}: the Hub has no such revision of {repo}. See {page}/tree/main for its branches and tags."
     if isinstance(error, errors.RepositoryNotFoundError):
         return (
-            f"{repo}: no such model on the Hub, or it is private. Check the name, or log in with "
-            "`hf auth login` or set HF_TOKEN if it is private. For a local folder, check the path."
+            f"{key}: {repo} is no model on the Hub, or a private one. Check the name, or log in with "
+            f"`hf auth login` or set HF_TOKEN if it is private. For a local folder, check the path.{_near_folder(repo)}"
         )
     if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
         return (
-            f"{repo}: not in the local cache, and the Hub cannot be reached (no network, or HF_HUB_OFFLINE is set). "
-            "Connect once, or point model.base at a local folder."
+            f"{key}: {repo} is not in the local cache, and the Hub cannot be reached (no network, or HF_HUB_OFFLINE is "
+            f"set). Connect once, or give a local folder.{_near_folder(repo)}"
         )
     if isinstance(error, errors.HFValidationError):
-        return f"{repo}: neither a folder here nor a Hub id. A Hub id reads OWNER/NAME."
+        return f"{key}: {repo} is neither a folder here nor a Hub id. A Hub id reads OWNER/NAME."
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403):
-        return f"{repo}: the Hub refused access ({status}). Accept its terms at {page} and log in with `hf auth login`."
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return f"{repo}: the Hub could not be asked ({first}). Check the network, or use a local folder."
+        return f"{key}: the Hub refused access to {repo} ({status}). Accept its terms at {page}, then `hf auth login`."
+    return (
+        f"{key}: the Hub could not be asked for {repo} ({one_line(error)}). Check the network, or use a local folder."
+    )
 
 
-def fetch(repo: str, name: str, revision: str | None = None) -> Path | None:
+def one_line(error: Exception) -> str:
+    """What a library said, as a part of one of our own messages."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _near_folder(repo: str) -> str:
+    """OWNER/NAME may have been meant as a path."""
+    path = Path(repo)
+    return did_you_mean(path.name, [entry.name for entry in path.parent.iterdir()]) if path.parent.is_dir() else ""
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' warnings and bars off the console: what they would say is checked, and said in one line."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def fetch(repo: str, name: str, revision: str | None = None, key: str = "model.base") -> Path | None:
     """Return the local path of one file of a Hub repository (downloaded if needed), or None when it has no such file.
 
     Raises:
@@ -55,11 +84,11 @@ def fetch(repo: str, name: str, revision: str | None = None) -> Path | None:
     try:
         return Path(hf_hub_download(repo, name, revision=revision))
     except errors.LocalEntryNotFoundError as error:
-        raise ModelError(explain(error, repo)) from error
+        raise ModelError(explain(error, repo, key)) from error
     except errors.EntryNotFoundError:
         return None
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError, httpx.HTTPError) as error:
-        raise ModelError(explain(error, repo)) from error
+        raise ModelError(explain(error, repo, key)) from error
 
 
 def local_folder(base: str, key: str = "model.base") -> Path | None:
@@ -72,7 +101,7 @@ def local_folder(base: str, key: str = "model.base") -> Path | None:
     if path.is_dir():
         return path
     if path.exists():
-        raise ModelError(f"{key}: {base} is a file. Give the folder that holds the config and the weights.")
+        raise ModelError(f"{key}: {base} is a file. Give the folder that holds it.")
     if base.startswith((".", "/", "~")) or base.count("/") != 1:
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         raise ModelError(f"{key}: {base} does not exist.{did_you_mean(path.name, siblings)}")
@@ -86,23 +115,36 @@ def read_config(base: str, revision: str | None = None, trust_remote_code: bool 
         ModelError: there is no model, no access, no causal language model, or only pickled weights.
     """
     from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
 
     folder = local_folder(base)
+    path: Path | None
     if folder is not None:
-        if not (folder / "config.json").is_file():
+        path = folder / "config.json"
+        if not path.is_file():
             raise ModelError(f"model.base: {base} holds no config.json, so it is not a model folder.")
-        _refuse_pickles(base, {path.name for path in folder.iterdir()})
-    elif fetch(base, "config.json", revision) is None:
-        raise ModelError(f"model.base: {base} on the Hub holds no config.json, so it is not a transformers model.")
+        _refuse_pickles(base, {entry.name for entry in folder.iterdir()})
+    else:
+        path = fetch(base, "config.json", revision)
+        if path is None:
+            raise ModelError(f"model.base: {base} on the Hub holds no config.json, so it is not a transformers model.")
+    own_code = _check_config(base, path, trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        first = (str(error).strip().splitlines() or ["unreadable"])[0]
-        remedy = " Set model.trust_remote_code only if you trust its code." if "trust_remote_code" in first else ""
-        raise ModelError(f"model.base: {base} has a config.json that transformers cannot use ({first}).{remedy}") from error
-    known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or bool(getattr(config, "auto_map", None))
-    if not known or getattr(config, "is_encoder_decoder", False):
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=trust_remote_code)
+    # Each model's config class checks its values in its own way, down to a ZeroDivisionError.
+    except Exception as error:
+        raise ModelError(
+            f"model.base: {base} has a config.json that transformers cannot use ({one_line(error)}). "
+            "Compare it with the original model's."
+        ) from error
+    # Encoders have a causal head too, for use as decoders; as they come they look in both directions.
+    encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or own_code
+    if not known or encoder or getattr(config, "is_encoder_decoder", False):
         raise ModelError(
             f"model.base: {base} is a {config.model_type} model, not a causal language model. "
             "Give a base such as mistralai/Mistral-7B-v0.1."
@@ -113,6 +155,41 @@ def read_config(base: str, revision: str | None = None, trust_remote_code: bool 
             "model.quantization: nf4 packs them while they load."
         )
     return config
+
+
+def _check_config(base: str, path: Path, trust_remote_code: bool) -> bool:
+    """Refuse a config.json that transformers would answer with a page; return whether the model brings its own code."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ModelError(
+            f"model.base: {base}/config.json:{error.lineno}: is not valid JSON ({error.msg}, column {error.colno}). "
+            "Copy it again from the original model."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"model.base: {base}/config.json cannot be read ({one_line(error)}). Copy it again."
+        ) from error
+    kind = content.get("model_type") if isinstance(content, dict) else None
+    if not isinstance(kind, str):
+        raise ModelError(
+            f"model.base: {base}/config.json has no model_type, such as mistral, so nothing says what the weights "
+            "are. Copy it again from the original model."
+        )
+    own_code = bool(content.get("auto_map"))
+    if own_code and kind not in CONFIG_MAPPING_NAMES and not trust_remote_code:
+        raise ModelError(
+            f"model.base: {base} needs Python code of its own to run ({kind}). Read it, and set "
+            "model.trust_remote_code: true only if you trust it."
+        )
+    if kind not in CONFIG_MAPPING_NAMES and not own_code:
+        raise ModelError(
+            f"model.base: {base}/config.json says model_type {kind!r}, which this transformers does not know."
+            f"{did_you_mean(kind, CONFIG_MAPPING_NAMES) or ' A newer transformers may.'}"
+        )
+    return own_code
 
 
 def _refuse_pickles(base: str, names: set[str]) -> None:

@@ -7,6 +7,7 @@ itself for inference (see `_keep_weights_packed`), and whether the model keeps p
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +15,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-import tune.kernels  # noqa: F401  imports bitsandbytes quietly, before transformers does
 from tune.errors import ModelError
 from tune.models.catalog import family_of
-from tune.models.hub import explain, read_config
+from tune.models.hub import explain, one_line, quiet_transformers, read_config
 from tune.recipe import schema
 
 
@@ -61,7 +61,6 @@ def load_base(section: schema.Model, device: torch.device) -> LoadedBase:
         ModelError: the base cannot be found, read, permitted or used; nothing is left half loaded.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging as transformers_logging
 
     from tune.models.nf4_quantizer import NF4Config
 
@@ -71,28 +70,31 @@ def load_base(section: schema.Model, device: torch.device) -> LoadedBase:
     quantization = None
     if section.quantization == "nf4":
         quantization = NF4Config(dtype)
-    transformers_logging.disable_progress_bar()
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # what it would warn about is checked, and said, below
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            section.base,
-            config=config,
-            revision=section.revision,
-            trust_remote_code=section.trust_remote_code,
-            dtype=dtype,
-            quantization_config=quantization,
-            device_map={"": device},
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        with quiet_transformers():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                section.base,
+                config=config,
+                revision=section.revision,
+                trust_remote_code=section.trust_remote_code,
+                dtype=dtype,
+                quantization_config=quantization,
+                device_map={"": device},
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+            )
     except torch.OutOfMemoryError as error:
         raise ModelError(f"model.base: {section.base} does not fit into the memory of {device}.") from error
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise ModelError(_unreadable(section.base, error)) from error
-    finally:
-        transformers_logging.set_verbosity(level)
-    _check_complete(section.base, info)
+    # Building the model from a config that contradicts itself fails wherever the contradiction shows.
+    except (ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ModelError(
+            f"model.base: the model that the config.json of {section.base} describes cannot be built "
+            f"({type(error).__name__}: {one_line(error)}). Compare it with the original model's."
+        ) from error
+    _check_complete(section.base, info, model)
     model.requires_grad_(False)
     model.eval()
     _keep_weights_packed(model)
@@ -103,20 +105,54 @@ def _unreadable(base: str, error: Exception) -> str:
     from huggingface_hub.errors import HfHubHTTPError
 
     if isinstance(error, HfHubHTTPError):
-        return f"model.base: {explain(error, base)}"
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return f"model.base: the weights of {base} cannot be read ({first}). The download or copy may be incomplete."
+        return explain(error, base)
+    return (
+        f"model.base: the weights of {base} cannot be read ({one_line(error)}). The download or copy may be incomplete."
+    )
 
 
-def _check_complete(base: str, info: dict[str, Any]) -> None:
+def _check_complete(base: str, info: dict[str, Any], model: torch.nn.Module) -> None:
     missing = sorted(info.get("missing_keys", ()))
-    mismatched = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in info.get("mismatched_keys", ()))
+    noticed = {str(entry[0] if isinstance(entry, tuple) else entry) for entry in info.get("mismatched_keys", ())}
+    mismatched = sorted(noticed | _misshapen(model))
     for words, names in (("lacks", missing), ("has the wrong shape for", mismatched)):
         if names:
             raise ModelError(
                 f"model.base: the checkpoint of {base} {words} {len(names)} tensors of the model its config.json "
                 f"describes, such as {names[0]}. It is incomplete, or belongs to another config."
             )
+
+
+def _misshapen(model: torch.nn.Module) -> set[str]:
+    """Packed weights of another shape than their layer: packing makes them flat, so transformers does not notice."""
+    import bitsandbytes as bnb
+
+    found = set()
+    for name, module in model.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            state = getattr(module.weight, "quant_state", None)
+            if state is not None and tuple(state.shape) != (module.out_features, module.in_features):
+                found.add(f"{name}.weight")
+    return found
+
+
+def check_vocabulary(base: LoadedBase, base_name: str, largest_id: int) -> None:
+    """Refuse token ids that the base has no embedding for: on a GPU they end in an assertion far from the cause.
+
+    Args:
+        base: the loaded model.
+        base_name: the recipe's `model.base`, for the message.
+        largest_id: the largest token id in the data.
+
+    Raises:
+        ModelError: the tokenizer is not this model's.
+    """
+    rows = base.model.get_input_embeddings().weight.shape[0]
+    if largest_id >= rows:
+        raise ModelError(
+            f"model.base: the tokenizer of {base_name} gives token {largest_id}, and the model has {rows} embeddings. "
+            "Tokenizer and weights belong to different models: copy both from one."
+        )
 
 
 def _keep_weights_packed(model: torch.nn.Module) -> None:

@@ -35,17 +35,15 @@ def activation_bytes_per_token(config: Any, dtype_bytes: int, recompute: bool) -
     Without recomputation a decoder layer keeps about ten tensors of hidden size (residuals, norms and their
     inputs, queries, keys, values, attention's output) and four of intermediate size; with it, its input alone.
     """
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
+    hidden, layers = int(config.hidden_size), int(config.num_hidden_layers)
+    intermediate = int(getattr(config, "intermediate_size", None) or 4 * hidden)
     whole_layer = (10 * hidden + 4 * intermediate) * dtype_bytes
     if recompute:
         return layers * hidden * dtype_bytes + whole_layer
     return layers * whole_layer
 
 
-def plan_rows(
-    section: schema.Train, config: Any, max_length: int, dtype: torch.dtype, device: torch.device
-) -> RowPlan:
+def plan_rows(section: schema.Train, config: Any, max_length: int, dtype: torch.dtype, device: torch.device) -> RowPlan:
     """Choose the row length and whether to recompute, where the recipe says `auto`.
 
     Args:
@@ -66,7 +64,9 @@ def plan_rows(
         return int(free // activation_bytes_per_token(config, size, recompute))
 
     low, high = GPU_ROW_TOKENS
-    wanted = max(max_length, 4096) if section.micro_batch_tokens == "auto" else max(section.micro_batch_tokens, max_length)
+    wanted = (
+        max(max_length, 4096) if section.micro_batch_tokens == "auto" else max(section.micro_batch_tokens, max_length)
+    )
     recompute = section.recompute == "full" or (section.recompute == "auto" and fits(False) < wanted)
     if section.micro_batch_tokens != "auto":
         return RowPlan(section.micro_batch_tokens, recompute)

@@ -112,7 +112,9 @@ def save_checkpoint(
     content = {
         **asdict(state),
         "optimizer": numbers,
-        "scheduler": {k: v for k, v in scheduler.state_dict().items() if isinstance(v, int | float | list) and k != "lr_lambdas"},
+        "scheduler": {
+            k: v for k, v in scheduler.state_dict().items() if isinstance(v, int | float | list) and k != "lr_lambdas"
+        },
         "random": {"seed": seed, "scheme": "generators are seeded at every step from (seed, step, process)"},
         **machine(),
     }
@@ -140,7 +142,7 @@ def prune(run: RunFolder, keep: int, best_step: int | None) -> None:
 
 def newest_whole(run: RunFolder) -> tuple[int | None, list[int]]:
     """Return the newest step with an undamaged checkpoint (or None), and the damaged ones that were passed over."""
-    damaged = []
+    damaged: list[int] = []
     for step in reversed(run.steps()):
         if whole(run.checkpoint(step)):
             return step, damaged
@@ -155,7 +157,9 @@ def read_state(folder: Path) -> tuple[TrainingState, dict[str, Any]]:
         names = TrainingState.__dataclass_fields__
         return TrainingState(**{key: value for key, value in content.items() if key in names}), content
     except (OSError, ValueError, TypeError) as error:
-        raise RunError(f"{folder}: its state.json cannot be read ({error}). Remove this folder to use the one before.") from error
+        raise RunError(
+            f"{folder}: its state.json cannot be read ({error}). Remove this folder to use the one before."
+        ) from error
 
 
 def restore_checkpoint(

@@ -40,8 +40,8 @@ class Devices:
         self.rank = self.accelerator.process_index
         self.count = self.accelerator.num_processes
         self.device: torch.device = self.accelerator.device
-        asked = int(os.environ.get("WORLD_SIZE", "1"))
-        if asked != self.count:
+        asked = os.environ.get("WORLD_SIZE", "1")
+        if asked != str(self.count):
             raise RunError(
                 f"accelerate launch: the environment says WORLD_SIZE={asked}, accelerate counts {self.count} "
                 "processes. They would train apart. On CPUs launch with ACCELERATE_USE_CPU=true accelerate launch "
@@ -50,7 +50,7 @@ class Devices:
 
     @property
     def is_main(self) -> bool:
-        return self.rank == 0
+        return bool(self.rank == 0)
 
     @property
     def line(self) -> str:
@@ -69,7 +69,7 @@ class Devices:
         ours = list(parameters)
         flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1) for p in ours])
         torch.distributed.all_reduce(flat)
-        for parameter, gradient in zip(ours, flat.split([p.numel() for p in ours]), strict=True):
+        for parameter, gradient in zip(ours, torch.split(flat, [p.numel() for p in ours]), strict=True):
             parameter.grad = gradient.view_as(parameter)
 
     def sum(self, values: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import os
 import resource
 import secrets
 import sys
+from collections.abc import Sequence
 from typing import IO, Any
 
 import torch
@@ -35,7 +36,7 @@ class Metrics:
         if devices.is_main:
             _keep_until(run, step)
             self._file = open(run.metrics, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
-            self._trackers = _trackers(run, recipe, devices)
+            self._trackers = _trackers(run, recipe)
 
     def write(self, metrics: dict[str, Any]) -> None:
         """Append one step; numbers that JSON has no word for become null."""
@@ -64,7 +65,7 @@ def _keep_until(run: RunFolder, step: int) -> None:
     if not run.metrics.is_file():
         return
     kept = []
-    for line in run.metrics.read_text(encoding="utf-8").splitlines():
+    for line in run.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
@@ -73,18 +74,30 @@ def _keep_until(run: RunFolder, step: int) -> None:
     write_file(run.metrics, "".join(line + "\n" for line in kept))
 
 
-def _trackers(run: RunFolder, recipe: Recipe, devices: Devices) -> list[Any]:
-    names = list(recipe.tracking.to or ())
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers that are not installed, before anything is loaded or written.
+
+    Raises:
+        RecipeError: the tracker's name and how to install it.
+    """
     if not names:
-        return []
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+        return
+    from accelerate.tracking import get_available_trackers
 
     available = {str(name) for name in get_available_trackers()}
     for name in names:
         if name not in available:
             raise RecipeError(f"tracking.to: {name} is not installed. Install it with `pip install {name}`.")
+
+
+def _trackers(run: RunFolder, recipe: Recipe) -> list[Any]:
+    names = recipe.tracking.to
+    if not names:
+        return []
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
     project = recipe.tracking.project or "tune"
-    name = recipe.tracking.name or run.root.name
+    title = recipe.tracking.name or run.root.name
     identity = run.root / ".tracking-id"
     if not identity.is_file():
         write_file(identity, secrets.token_hex(4))
@@ -93,11 +106,11 @@ def _trackers(run: RunFolder, recipe: Recipe, devices: Devices) -> list[Any]:
         made = LOGGER_TYPE_TO_CLASS[kind]
         if kind == "wandb":
             run_id = identity.read_text(encoding="utf-8").strip()
-            tracker = made(project, name=name, id=run_id, resume="allow", dir=os.fspath(run.root))
+            tracker = made(project, name=title, id=run_id, resume="allow", dir=os.fspath(run.root))
         elif made.requires_logging_directory:
             tracker = made(project, run.root)
         else:
-            tracker = made(project, name=name)
+            tracker = made(project, name=title)
         tracker.start()
         tracker.store_init_configuration(_flat(recipe.model_dump(mode="json")))
         trackers.append(tracker)

@@ -15,12 +15,19 @@ from tune.recipe import schema
 NamedParameters = list[tuple[str, nn.Parameter]]
 
 
-def build_optimizer(section: schema.Train, named: NamedParameters, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW over the adapter, in full precision or with 8-bit moments (Dettmers et al. 2022, arXiv:2110.02861).
+def check_optimizer(section: schema.Train, device: torch.device) -> None:
+    """Refuse an optimizer that this device does not have, before anything is loaded.
 
     Raises:
-        RecipeError: paged moments without a GPU, which has no memory to page out of.
+        RecipeError: paged moments without a GPU: there is no memory to page out of.
     """
+    if section.optimizer == "paged_adamw_8bit" and device.type != "cuda":
+        raise RecipeError("train.optimizer: paged_adamw_8bit needs a CUDA device. Use adamw_8bit or adamw here.")
+
+
+def build_optimizer(section: schema.Train, named: NamedParameters, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW over the adapter, in full precision or with 8-bit moments (Dettmers et al. 2022, arXiv:2110.02861)."""
+    check_optimizer(section, device)
     parameters = [parameter for _, parameter in named]
     settings: dict[str, Any] = {"lr": section.learning_rate, "weight_decay": section.weight_decay}
     if section.optimizer == "adamw":
@@ -28,8 +35,6 @@ def build_optimizer(section: schema.Train, named: NamedParameters, device: torch
     import bitsandbytes as bnb
 
     if section.optimizer == "paged_adamw_8bit":
-        if device.type != "cuda":
-            raise RecipeError("train.optimizer: paged_adamw_8bit needs a CUDA device. Use adamw_8bit or adamw here.")
         return bnb.optim.PagedAdamW8bit(parameters, **settings)  # type: ignore[no-any-return]
     return bnb.optim.AdamW8bit(parameters, **settings)  # type: ignore[no-any-return]
 
@@ -58,7 +63,9 @@ def build_scheduler(
     return scheduler  # type: ignore[no-any-return]
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, named: NamedParameters) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, named: NamedParameters
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the optimizer's tensors by `parameter/key`, and its plain numbers, both ready to be written."""
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}

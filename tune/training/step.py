@@ -64,7 +64,7 @@ def train_step(
     total = torch.zeros((), device=devices.device)
     for row in rows:
         loss = row_loss(model, row) / trained_tokens
-        loss.backward()
+        torch.autograd.backward(loss)
         total += loss.detach()
     devices.sum_gradients(parameters)
     loss_value = float(devices.sum(total))

@@ -58,7 +58,9 @@ class Trainer:
         """Build optimizer, schedule and order; with `resume_step`, put back that checkpoint."""
         self.job = job
         train, data = job.recipe.train, job.recipe.data
-        self.order = Order(job.train.source, tuple(source.weight for source in data.train), train.batch_size, train.seed)
+        self.order = Order(
+            job.train.source, tuple(source.weight for source in data.train), train.batch_size, train.seed
+        )
         self.total = self.order.steps(train.epochs, train.max_steps)
         self.lengths, self.trained_counts = job.train.lengths, job.train.trained_counts
         self.named = list(adapter_parameters(job.model))
@@ -133,7 +135,7 @@ class Trainer:
         seconds = time.perf_counter() - started
         state.trained_seconds += seconds
         state.trained_tokens += tokens
-        if job.held_out is None:
+        if job.held_out is None and result.applied:
             state.first_loss = result.loss if state.first_loss is None else state.first_loss
             state.last_loss = result.loss
         return {
@@ -235,8 +237,8 @@ class Trainer:
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            for noted, handler in before.items():
+                signal.signal(noted, handler)
 
 
 def _seed_of(*numbers: int) -> int:
