@@ -1,6 +1,6 @@
 """Print what the base model and the adapter of a run answer to the same prompts, side by side.
 
-    python scripts/compare_answers.py RUN PROMPTS [--max-new-tokens 40]
+    python scripts/compare_answers.py RUN PROMPTS [--max-new-tokens 48]
 
 PROMPTS is a text file, one prompt a line. The model is loaded once; the base's answers are the same model's with the
 adapter switched off. Answers are greedy, so that running this twice shows the same.
@@ -12,6 +12,7 @@ import argparse
 import shutil
 import sys
 import textwrap
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,13 +60,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Show a run's answers beside its base model's.")
     parser.add_argument("run", type=Path, help="a run folder, or one of its checkpoints")
     parser.add_argument("prompts", type=Path, help="a text file, one prompt a line")
-    parser.add_argument("--max-new-tokens", type=int, default=40, help="length of an answer (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=48, help="length of an answer (default: %(default)s)")
     options = parser.parse_args(arguments)
     # Wider columns are harder to read, narrower ones break every word.
     width = min(max(shutil.get_terminal_size((80, 24)).columns, 60), 100)
 
     from tune.errors import TuneError
 
+    warnings.simplefilter("ignore")  # libraries warn each other's developers, as in tune's own command line
     try:
         prompts = read_prompts(options.prompts)
         if not prompts:

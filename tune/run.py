@@ -141,7 +141,7 @@ def _already(run: RunFolder, finished: dict[str, Any]) -> FinishedRun:
         return FinishedRun(**{**finished, "already": True})
     except TypeError as error:
         raise RunError(
-            f"{run.finished}: is not of this version ({error}). Remove it; --resume writes it again."
+            f"{run.finished}: was written by another version. Remove it; --resume writes it again."
         ) from error
 
 
@@ -209,9 +209,10 @@ def _result(recipe: Recipe, run: RunFolder, state: TrainingState, held_out: bool
     best = state.best_step if state.best_step is not None and recipe.train.keep_best else None
     after = state.best_loss if best is not None else state.last_loss
     if after is None or not math.isfinite(after):
+        measure = "no step had a finite one" if after is None else f"it is {after} at the end"
         raise UntrustworthyError(
-            f"{run.root}: the loss diverged: on {'held-out' if held_out else 'training'} data it is not finite after "
-            f"{state.step} steps ({after}). No adapter was written. Lower train.learning_rate, or look at the base."
+            f"{run.root}: the loss diverged: of {state.step} steps on {'held-out' if held_out else 'training'} data, "
+            f"{measure}. No adapter was written. Lower train.learning_rate, or look at the base's weights."
         )
     return FinishedRun(
         output=str(run.root),

@@ -7,6 +7,7 @@ asking. The config is asked for first, so that a missing right is told before an
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,7 +50,10 @@ def explain(error: Exception, repo: str, key: str = "model.base") -> str:
 
 def one_line(error: Exception) -> str:
     """What a library said, as a part of one of our own messages."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    said = re.sub(r"\b\w+Error: ", "", " ".join(str(error).split()))[:300]
+    if isinstance(error, KeyError):  # its text is the key alone
+        return f"there is no {said}"
+    return said or type(error).__name__
 
 
 def _near_folder(repo: str) -> str:

@@ -92,7 +92,7 @@ def load_base(section: schema.Model, device: torch.device) -> LoadedBase:
     except (ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise ModelError(
             f"model.base: the model that the config.json of {section.base} describes cannot be built "
-            f"({type(error).__name__}: {one_line(error)}). Compare it with the original model's."
+            f"({one_line(error)}). Compare it with the original model's."
         ) from error
     _check_complete(section.base, info, model)
     model.requires_grad_(False)
