@@ -47,6 +47,7 @@ def write_recipe(folder: Path, **changes: object) -> None:
         "train.batch_size": 8,
         "train.max_steps": 2,
         "train.learning_rate": 0.01,
+        "train.warmup": 0,
         "output": "run",
         **{key.replace("__", "."): value for key, value in changes.items()},
     }

@@ -97,7 +97,9 @@ def test_refused(wrong: Mistake, work: Path, capfd: pytest.CaptureFixture[str]) 
     assert not (work / "run").exists()
 
 
-def test_a_misspelt_key_is_told_by_every_verb_that_reads_a_recipe(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_misspelt_key_is_told_by_every_verb_that_reads_a_recipe(
+    work: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     messages = set()
     for verb in ("train", "check", "preview"):
         wrong = mistake(verb, "train.epoch", arguments=(verb, "recipe.yaml"), train__epoch=1).values[0]

@@ -105,7 +105,7 @@ def test_hub_base_is_allowed_the_network_and_gets_its_own_run(clone: Clone) -> N
     assert done.returncode == 0, done.stderr
     assert clone.calls[0].startswith(
         "-m tune train recipes/quickstart.yaml model.base=someone/Some-Model-1.0 "
-        "output=runs/quickstart-Some-Model-1.0 | offline= "
+        "output=runs/quickstart-Some-Model-1.0 data.template=auto | offline= "
     )
     assert "scripts/compare_answers.py runs/quickstart-Some-Model-1.0" in clone.calls[1]
 
@@ -113,7 +113,7 @@ def test_hub_base_is_allowed_the_network_and_gets_its_own_run(clone: Clone) -> N
 def test_folder_base_is_meant_from_where_the_caller_stands(clone: Clone, tmp_path: Path) -> None:
     (tmp_path / "elsewhere" / "model").mkdir(parents=True)
     clone.quickstart("--base", "model", cwd=tmp_path / "elsewhere")
-    assert f"model.base={tmp_path / 'elsewhere' / 'model'} output=runs/quickstart-model | offline=1" in clone.calls[0]
+    assert f"model.base={tmp_path / 'elsewhere' / 'model'} output=runs/quickstart-model data.template=auto | offline=1" in clone.calls[0]
 
 
 @pytest.mark.parametrize("home", ["", "/nonexistent/home"])

@@ -28,7 +28,7 @@ def train(recipe_path: str, overrides: list[str], resume: bool, quiet: bool) -> 
         result = run_training(recipe, resume, progress)
     finally:
         progress.close()
-    if int(os.environ.get("RANK", "0")):
+    if quiet or int(os.environ.get("RANK", "0")):
         return
     if result.already:
         print(f"already finished: {result.steps} steps, the adapter is in {result.adapter}")
@@ -57,7 +57,7 @@ def _program() -> str:
     path = sys.argv[0]
     if os.path.basename(path) == "tune":
         found = shutil.which("tune")
-        return "tune" if found and os.path.samefile(found, path) else os.path.relpath(path)
+        return "tune" if found and os.path.realpath(found) == os.path.realpath(path) else os.path.relpath(path)
     python = shutil.which(os.path.basename(sys.executable))
     known = python and os.path.realpath(python) == os.path.realpath(sys.executable) and python == sys.executable
     return f"{os.path.basename(sys.executable) if known else os.path.relpath(sys.executable)} -m tune"

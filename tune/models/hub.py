@@ -33,6 +33,14 @@ def explain(error: Exception, repo: str, key: str = "model.base") -> str:
             f"{key}: {repo} is no model on the Hub, or a private one. Check the name, or log in with "
             f"`hf auth login` or set HF_TOKEN if it is private. For a local folder, check the path.{_near_folder(repo)}"
         )
+    status = _status(error)
+    if status == 401:
+        return (
+            f"{key}: the Hub refused access to {repo} (401): your token is missing or not valid. Log in with "
+            "`hf auth login` or set HF_TOKEN."
+        )
+    if status == 403:
+        return f"{key}: the Hub refused access to {repo} (403). Ask for it at {page}, then log in with `hf auth login`."
     if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
         return (
             f"{key}: {repo} is not in the local cache, and the Hub cannot be reached (no network, or HF_HUB_OFFLINE is "
@@ -40,12 +48,19 @@ def explain(error: Exception, repo: str, key: str = "model.base") -> str:
         )
     if isinstance(error, errors.HFValidationError):
         return f"{key}: {repo} is neither a folder here nor a Hub id. A Hub id reads OWNER/NAME."
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status in (401, 403):
-        return f"{key}: the Hub refused access to {repo} ({status}). Accept its terms at {page}, then `hf auth login`."
     return (
         f"{key}: the Hub could not be asked for {repo} ({one_line(error)}). Check the network, or use a local folder."
     )
+
+
+def _status(error: BaseException | None) -> int | None:
+    """The HTTP status behind an error: huggingface_hub says of a refusal that the file is not in the cache."""
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(status, int):
+            return status
+        error = error.__cause__
+    return None
 
 
 def one_line(error: Exception) -> str:
