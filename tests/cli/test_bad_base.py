@@ -1,4 +1,4 @@
-"""Bases and adapters that cannot be trained: what is wrong with the folder or the Hub, never a library's own words alone."""
+"""Bases and adapters that cannot be trained: what is wrong with the folder, the files in it, or the Hub."""
 
 from __future__ import annotations
 
@@ -22,6 +22,10 @@ def config(**changes: object):
 
 def pickle_weights(work: Path) -> None:
     (work / WEIGHTS).rename(work / "base/pytorch_model.bin")
+
+
+def pickle_adapter(work: Path) -> None:
+    (work / "old/adapter_model.safetensors").rename(work / "old/adapter_model.bin")
 
 
 def lose_a_shard(work: Path) -> None:
@@ -57,11 +61,18 @@ def other_tokenizer(work: Path) -> None:
 
 BASES = [
     mistake("missing", "model.base: ./bse does not exist", "Did you mean 'base'?", model__base="./bse"),
-    mistake("missing folder in a folder", "models/tinny", "Did you mean 'tiny'?", prepare=write("models/tiny/config.json", "{}"),
-            model__base="models/tinny"),
+    mistake(
+        "missing folder in a folder",
+        "models/tinny",
+        "Did you mean 'tiny'?",
+        prepare=write("models/tiny/config.json", "{}"),
+        model__base="models/tinny",
+    ),
     mistake("a file", "model.base: train.jsonl is a file", model__base="train.jsonl"),
     mistake("neither path nor hub id", "a b/c", "OWNER/NAME", model__base="a b/c"),
-    mistake("hub while offline", "someone/some-model", "HF_HUB_OFFLINE", "local folder", model__base="someone/some-model"),
+    mistake(
+        "hub while offline", "someone/some-model", "HF_HUB_OFFLINE", "local folder", model__base="someone/some-model"
+    ),
     mistake("config missing", "base holds no config.json", prepare=remove(CONFIG)),
     mistake("config broken", "base/config.json:2: is not valid JSON", prepare=write(CONFIG, '{"model_type":\n')),
     mistake("config not text", "base/config.json cannot be read", prepare=write(CONFIG, b'{"a": "\xff"}')),
@@ -70,14 +81,24 @@ BASES = [
     mistake("model type unknown", "'mistrall'", "Did you mean 'mistral'?", prepare=config(model_type="mistrall")),
     mistake("encoder", "base is a bert model", "Mistral-7B", prepare=config(model_type="bert")),
     mistake("encoder and decoder", "base is a t5 model", "Mistral-7B", prepare=config(model_type="t5")),
-    mistake("code of its own", "model.trust_remote_code", prepare=config(model_type="own", auto_map={"AutoConfig": "own.C"})),
+    mistake(
+        "code of its own", "model.trust_remote_code", prepare=config(model_type="own", auto_map={"AutoConfig": "own.C"})
+    ),
     mistake("size no number", "hidden_size", "(value: 'big')", prepare=config(hidden_size="big")),
     mistake("activation unknown", "'sliu'", "config.json of base", prepare=config(hidden_act="sliu")),
     mistake("no layers", "base has no linear layers", prepare=config(num_hidden_layers=0)),
-    mistake("already quantised", "base is already quantised", "model.quantization: nf4",
-            prepare=config(quantization_config={"quant_method": "gptq", "bits": 4})),
-    mistake("mixture of experts", "mixture of experts (mixtral)", "dense base",
-            prepare=config(model_type="mixtral", num_local_experts=4)),
+    mistake(
+        "already quantised",
+        "base is already quantised",
+        "model.quantization: nf4",
+        prepare=config(quantization_config={"quant_method": "gptq", "bits": 4}),
+    ),
+    mistake(
+        "mixture of experts",
+        "mixture of experts (mixtral)",
+        "dense base",
+        prepare=config(model_type="mixtral", num_local_experts=4),
+    ),
     mistake("only pickles", "(pytorch_model.bin)", "Convert them to safetensors", prepare=pickle_weights),
     mistake("no weights", "base holds no .safetensors", prepare=remove(WEIGHTS)),
     mistake("weights cut", "weights of base cannot be read", "incomplete", prepare=cut_in_half(WEIGHTS)),
@@ -85,14 +106,24 @@ BASES = [
     mistake("shard missing", "model-00002-of-00002.safetensors", prepare=lose_a_shard),
     mistake("tensors missing", "lacks 2 tensors", "q_proj", prepare=lose_tensors),
     mistake("layers missing", "lacks", "model.layers.2", prepare=config(num_hidden_layers=3)),
-    mistake("packed weights of another shape", "wrong shape for 6 tensors", "mlp.down_proj", prepare=config(intermediate_size=96)),
-    mistake("weights of another shape", "wrong shape for 6 tensors", "mlp.down_proj", prepare=config(intermediate_size=96),
-            model__quantization="none"),
+    mistake(
+        "packed weights of another shape",
+        "wrong shape for 6 tensors",
+        "mlp.down_proj",
+        prepare=config(intermediate_size=96),
+    ),
+    mistake(
+        "weights of another shape",
+        "wrong shape for 6 tensors",
+        "mlp.down_proj",
+        prepare=config(intermediate_size=96),
+        model__quantization="none",
+    ),
     mistake("heads that do not fit", "wrong shape", "self_attn", prepare=config(num_attention_heads=5)),
     mistake("no tokenizer", "base: has no tokenizer", "Copy", prepare=remove("base/tokenizer*")),
     mistake("tokenizer cut", "base: its tokenizer cannot be read", prepare=cut_in_half("base/tokenizer.json")),
     mistake("tokenizer of another model", "300 embeddings", prepare=other_tokenizer),
-]  # fmt: skip
+]
 
 ADAPTERS = [
     mistake("target names nothing", "adapter.targets: 'q_porj'", "Did you mean 'q_proj'?", adapter__targets=["q_porj"]),
@@ -100,22 +131,26 @@ ADAPTERS = [
     mistake("target of a mixture", "experts", adapter__targets=["experts"]),
     mistake("rank of nothing", "adapter.ranks: 'q_prj'", "'q_proj'", adapter__ranks={"q_prj": 8}),
     mistake("exclusion of nothing", "adapter.exclude: 'q_prj'", "'q_proj'", adapter__exclude=["q_prj"]),
-    mistake("everything excluded", "adapter.exclude: leaves nothing", adapter__targets=["q_proj"], adapter__exclude=["q_proj"]),
+    mistake(
+        "everything excluded",
+        "adapter.exclude: leaves nothing",
+        adapter__targets=["q_proj"],
+        adapter__exclude=["q_proj"],
+    ),
     mistake("start missing", "adapter.start_from: ./old does not exist", adapter__start_from="./old"),
     mistake("start a file", "adapter.start_from: train.jsonl is a file", adapter__start_from="train.jsonl"),
     mistake("start no adapter", "adapter.start_from: base holds no adapter_config.json", adapter__start_from="base"),
     mistake("start at the hub while offline", "adapter.start_from: a/b", "HF_HUB_OFFLINE", adapter__start_from="a/b"),
-]  # fmt: skip
+]
 
 STARTS = [
     mistake("of another rank", "its r is 4", "Set adapter.rank: 4", adapter__rank=8),
     mistake("of other targets", "down_proj", "adapter.targets", adapter__targets=["q_proj"]),
-    mistake("a pickle", "pickled one", "safetensors", prepare=lambda work: (work / "old/adapter_model.safetensors").rename(
-        work / "old/adapter_model.bin")),
+    mistake("a pickle", "pickled one", "safetensors", prepare=pickle_adapter),
     mistake("cut", "old: the adapter cannot be read", prepare=cut_in_half("old/adapter_model.safetensors")),
     mistake("with a broken config", "old: the adapter cannot be read", prepare=write("old/adapter_config.json", "[1]")),
     mistake("with DoRA", "old: uses DoRA", prepare=change_json("old/adapter_config.json", use_dora=True)),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("wrong", [*BASES, *ADAPTERS])
@@ -184,17 +219,25 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactor
     "wrong",
     [
         mistake("gated", "gated", "https://huggingface.co/gated/closed", "`hf auth login`", model__base="gated/closed"),
-        mistake("gated and no token", "Accept its terms at https://huggingface.co/gated/anonymous", "HF_TOKEN",
-                model__base="gated/anonymous"),
+        mistake(
+            "gated and no token",
+            "Accept its terms at https://huggingface.co/gated/anonymous",
+            "HF_TOKEN",
+            model__base="gated/anonymous",
+        ),
         mistake("unknown", "someone/nothing is no model on the Hub", model__base="someone/nothing"),
         mistake("private", "someone/private", "HF_TOKEN", model__base="someone/private"),
         mistake("revision unknown", "revision of someone/branchless", "tree/main", model__base="someone/branchless"),
         mistake("without config", "someone/empty on the Hub holds no config.json", model__base="someone/empty"),
         mistake("forbidden", "refused access to someone/forbidden (403)", model__base="someone/forbidden"),
         mistake("adapter unknown", "adapter.start_from: someone/nothing", adapter__start_from="someone/nothing"),
-        mistake("adapter empty", "someone/empty on the Hub holds no adapter_config.json", adapter__start_from="someone/empty"),
+        mistake(
+            "adapter empty",
+            "someone/empty on the Hub holds no adapter_config.json",
+            adapter__start_from="someone/empty",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_the_hub_refuses(wrong: Mistake, work: Path, hub: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     message = assert_refused(wrong, work, capfd)
     assert hub, "the Hub was never asked"

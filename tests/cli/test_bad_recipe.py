@@ -49,8 +49,12 @@ RECIPES = [
     mistake("wrong type in tracking", "tracking.to", "Did you mean 'wandb'?", tracking__to="wandbb"),
     mistake("wrong type in push", "push.repo", "OWNER/NAME", "(nobody)", push__repo="nobody"),
     mistake("wrong type of output", "output", "must be text", output=["run"]),
-    mistake("value for a section", "train: is a section", "Put keys under it", prepare=write("recipe.yaml", "train: 3\n"
-            "model: {base: base}\ndata: {train: train.jsonl}\n")),
+    mistake(
+        "value for a section",
+        "train: is a section",
+        "Put keys under it",
+        prepare=write("recipe.yaml", "train: 3\nmodel: {base: base}\ndata: {train: train.jsonl}\n"),
+    ),
     mistake("rank below its range", "adapter.rank", "at least 1 (0)", adapter__rank=0),
     mistake("dropout above its range", "adapter.dropout", "below 1 (1.5)", adapter__dropout=1.5),
     mistake("rate not finite", "train.learning_rate", "(nan)", train__learning_rate="nan"),
@@ -61,15 +65,17 @@ RECIPES = [
     mistake("template unknown", "data.template", "(alpaka)", "Did you mean 'alpaca'?", data__template="alpaka"),
     mistake("not built yet", "router.train", "Write frozen.", router__train="full"),
     mistake("a token in the recipe", "push.hub_token", "HF_TOKEN", push__hub_token="hf_" + "x" * 30),
-]  # fmt: skip
+]
 
 OVERRIDES = [
     mistake("without a value", "train.seed (command line)", "key=value", arguments=(*TRAIN, "train.seed")),
-    mistake("unknown", "train.learning_rte=1", "Did you mean 'learning_rate'?", arguments=(*TRAIN, "train.learning_rte=1")),
+    mistake(
+        "unknown", "train.learning_rte=1", "Did you mean 'learning_rate'?", arguments=(*TRAIN, "train.learning_rte=1")
+    ),
     mistake("wrong", "train.learning_rate=fast", "a number (fast)", arguments=(*TRAIN, "train.learning_rate=fast")),
     mistake("not YAML", "adapter.targets=[q_proj", "not valid YAML", arguments=(*TRAIN, "adapter.targets=[q_proj")),
     mistake("over a section", "model=3", "is a section", arguments=(*TRAIN, "model=3")),
-]  # fmt: skip
+]
 
 USAGE = [
     mistake("verb unknown", "tune: No such command 'trian'. Did you mean 'train'?", arguments=("trian",)),

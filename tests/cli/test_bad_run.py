@@ -22,42 +22,96 @@ GENERATE = ("generate", "run", "hi")
 PLACES = [
     mistake("a file in the way", "run: a file is in the way", prepare=write("run", "mine")),
     mistake("under a file", "train.jsonl/run", "is a file, not a folder", output="train.jsonl/run"),
-    mistake("other files there", "run: holds files that are no run (notes.txt)", prepare=write("run/notes.txt", "mine")),
+    mistake(
+        "other files there", "run: holds files that are no run (notes.txt)", prepare=write("run/notes.txt", "mine")
+    ),
     mistake("no folder possible", "/proc/no-run", "output", output="/proc/no-run"),
     mistake("name too long", "the name is too long", output="r" * 300),
-    mistake("tracker not installed", "tracking.to: trackio is not installed", "`pip install trackio`", tracking__to=["trackio"]),
+    mistake(
+        "tracker not installed",
+        "tracking.to: trackio is not installed",
+        "`pip install trackio`",
+        tracking__to=["trackio"],
+    ),
     mistake("optimizer of a GPU", "paged_adamw_8bit", "adamw_8bit", train__optimizer="paged_adamw_8bit"),
     mistake("no run", "runs/nothing: no such run", arguments=("generate", "runs/nothing", "hi")),
     mistake("not a run", "base: not a run folder", "recipe.yaml", arguments=("generate", "base", "hi")),
     mistake("empty prompt", "PROMPT is empty", arguments=("generate", "run", "  ")),
     mistake("nobody to talk to", "runs/nothing: no such run", arguments=("chat", "runs/nothing")),
     mistake("talk to a base", "base: not a run folder", arguments=("chat", "base")),
-]  # fmt: skip
+]
 
 RUNS = [
     mistake("there already", "run: a run is already here", "--resume"),
-    mistake("resumed with another recipe", "learning_rate cannot change", "(was 0.01, is 0.02)", arguments=RESUME,
-            train__learning_rate=0.02),
-    mistake("resumed and shortened", "train.max_steps may only grow", "(was 2, is 1)", arguments=RESUME, train__max_steps=1),
-    mistake("resumed with a broken finished.json", "run/finished.json: cannot be read", "Remove it", arguments=RESUME,
-            prepare=write("run/finished.json", "{")),
-    mistake("resumed with a foreign finished.json", "run/finished.json", "Remove it", arguments=RESUME,
-            prepare=write("run/finished.json", "{}")),
-    mistake("resumed with a broken recipe", "run/recipe.yaml:1", arguments=RESUME, prepare=write("run/recipe.yaml", "{")),
+    mistake(
+        "resumed with another recipe",
+        "learning_rate cannot change",
+        "(was 0.01, is 0.02)",
+        arguments=RESUME,
+        train__learning_rate=0.02,
+    ),
+    mistake(
+        "resumed and shortened", "train.max_steps may only grow", "(was 2, is 1)", arguments=RESUME, train__max_steps=1
+    ),
+    mistake(
+        "resumed with a broken finished.json",
+        "run/finished.json: cannot be read",
+        "Remove it",
+        arguments=RESUME,
+        prepare=write("run/finished.json", "{"),
+    ),
+    mistake(
+        "resumed with a foreign finished.json",
+        "run/finished.json",
+        "Remove it",
+        arguments=RESUME,
+        prepare=write("run/finished.json", "{}"),
+    ),
+    mistake(
+        "resumed with a broken recipe", "run/recipe.yaml:1", arguments=RESUME, prepare=write("run/recipe.yaml", "{")
+    ),
     mistake("name misspelt", "rnu: no such run", "Did you mean 'run'?", arguments=("generate", "rnu", "hi")),
-    mistake("checkpoint misspelt", "step-000009", "Did you mean 'step-000002'?",
-            arguments=("generate", "run/checkpoints/step-000009", "hi")),
-    mistake("adapter named", "run/adapter: not a run folder", "Did you mean 'run'?", arguments=("generate", "run/adapter", "hi")),
-    mistake("without an adapter yet", "run: this run has no adapter", "--resume", arguments=GENERATE,
-            prepare=lambda work: [shutil.rmtree(work / "run" / name) for name in ("adapter", "checkpoints")]),
-    mistake("adapter cut", "run/adapter: the adapter cannot be read", arguments=GENERATE,
-            prepare=cut_in_half("run/adapter/adapter_model.safetensors")),
-    mistake("adapter without config", "run/adapter: holds no adapter_config.json", arguments=GENERATE,
-            prepare=remove("run/adapter/adapter_config.json")),
-    mistake("adapter of another rank", "its r is 5", arguments=("chat", "run", "--quiet"),
-            prepare=change_json("run/adapter/adapter_config.json", r=5)),
-    mistake("base gone", "base: there is no such", arguments=GENERATE, prepare=lambda work: shutil.rmtree(work / "base")),
-]  # fmt: skip
+    mistake(
+        "checkpoint misspelt",
+        "step-000009",
+        "Did you mean 'step-000002'?",
+        arguments=("generate", "run/checkpoints/step-000009", "hi"),
+    ),
+    mistake(
+        "adapter named",
+        "run/adapter: not a run folder",
+        "Did you mean 'run'?",
+        arguments=("generate", "run/adapter", "hi"),
+    ),
+    mistake(
+        "without an adapter yet",
+        "run: this run has no adapter",
+        "--resume",
+        arguments=GENERATE,
+        prepare=lambda work: [shutil.rmtree(work / "run" / name) for name in ("adapter", "checkpoints")],
+    ),
+    mistake(
+        "adapter cut",
+        "run/adapter: the adapter cannot be read",
+        arguments=GENERATE,
+        prepare=cut_in_half("run/adapter/adapter_model.safetensors"),
+    ),
+    mistake(
+        "adapter without config",
+        "run/adapter: holds no adapter_config.json",
+        arguments=GENERATE,
+        prepare=remove("run/adapter/adapter_config.json"),
+    ),
+    mistake(
+        "adapter of another rank",
+        "its r is 5",
+        arguments=("chat", "run", "--quiet"),
+        prepare=change_json("run/adapter/adapter_config.json", r=5),
+    ),
+    mistake(
+        "base gone", "base: there is no such", arguments=GENERATE, prepare=lambda work: shutil.rmtree(work / "base")
+    ),
+]
 
 
 @pytest.mark.parametrize("wrong", PLACES)
@@ -93,6 +147,27 @@ def test_a_launcher_that_asks_for_something_else(
     monkeypatch.setenv(variable, value)
     assert_refused(mistake("launcher", words, "--multi_gpu").values[0], work, capfd)
     assert not (work / "run").exists()
+
+
+def test_a_tracker_that_does_not_let_in(
+    work: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracking = pytest.importorskip("accelerate.tracking")
+    pytest.importorskip("wandb")
+
+    def start(tracker: object) -> None:
+        raise ConnectionError("no API key configured.\nSee the manual.")
+
+    monkeypatch.setattr(tracking.WandBTracker, "start", start)
+    write_recipe(work, tracking__to=["wandb"])
+    assert _run([*TRAIN, "--quiet"]) == 2
+    assert capfd.readouterr() == (
+        "",
+        "tracking.to: wandb does not start (no API key configured. See the manual). "
+        "Log in to it or remove it, then go on with --resume.\n",
+    )
+    assert _run([*RESUME, "tracking.to=none", "--quiet"]) == 0
+    assert (work / "run/adapter").is_dir()
 
 
 def test_a_base_of_nan_ends_without_an_adapter(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -168,6 +243,12 @@ def test_a_small_disk(work: Path, small_disk: Path, capfd: pytest.CaptureFixture
     write_recipe(work, train__save_every=1, adapter__rank=16, output=str(run.root))
     assert _run([*TRAIN, "--quiet"]) == 2
     interrupted_by_a_full_disk(run, capfd.readouterr().err)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
+def test_a_folder_of_somebody_else(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (work / "runs").mkdir(mode=0o555)
+    assert_refused(mistake("no permission", "no permission to write", output="runs/run").values[0], work, capfd)
 
 
 def test_a_read_only_disk(work: Path, small_disk: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -136,6 +136,22 @@ def test_no_secret_is_written_or_printed(trained: tuple[Path, str, str]) -> None
         assert not [path for path, content in written.items() if secret.encode() in content]
 
 
+def test_a_tracker_writes_no_secret(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    from tests.training.processes import fork, wait
+
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    write_recipe(work, tracking__to=["wandb"])
+    # A process of its own: wandb leaves a service behind that ends with it.
+    child = fork(lambda: _run(["train", "recipe.yaml"]), work / "log")
+    assert wait(child) == 0, (work / "log").read_text()
+    assert list(work.glob("run/wandb/offline-run-*/run-*.wandb")), "WANDB_MODE is offline for every test"
+    written = {path: path.read_bytes() for path in work.rglob("*") if path.is_file()}
+    for secret in SECRETS.values():
+        assert not [path for path, content in written.items() if secret.encode() in content]
+
+
 def test_quiet_prints_nothing(work: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert _run(["train", "recipe.yaml", "--quiet"]) == 0
     assert capfd.readouterr() == ("", "")

@@ -53,11 +53,9 @@ def _perplexity(loss: float) -> str:
 
 
 def _program() -> str:
-    """How this program is called from here: by its name if the shell finds it, else by its path."""
-    path = sys.argv[0]
-    if os.path.basename(path) == "tune":
-        found = shutil.which("tune")
-        return "tune" if found and os.path.realpath(found) == os.path.realpath(path) else os.path.relpath(path)
-    python = shutil.which(os.path.basename(sys.executable))
-    known = python and os.path.realpath(python) == os.path.realpath(sys.executable) and python == sys.executable
-    return f"{os.path.basename(sys.executable) if known else os.path.relpath(sys.executable)} -m tune"
+    """How to call this program from here: by its name if the shell finds it, else by its path."""
+    script = os.path.join(os.path.dirname(sys.executable), "tune")
+    if not os.path.exists(script):
+        return f"{os.path.basename(sys.executable)} -m tune"
+    found = shutil.which("tune")
+    return "tune" if found and os.path.samefile(found, script) else os.path.relpath(script)

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import torch
 
-from tune.errors import RecipeError
+from tune.errors import RecipeError, RunError
 from tune.folder import RunFolder, write_file
 from tune.recipe.schema import Recipe
 from tune.training.devices import Devices
@@ -104,15 +104,22 @@ def _trackers(run: RunFolder, recipe: Recipe) -> list[Any]:
     trackers = []
     for kind in names:
         made = LOGGER_TYPE_TO_CLASS[kind]
-        if kind == "wandb":
-            run_id = identity.read_text(encoding="utf-8").strip()
-            tracker = made(project, name=title, id=run_id, resume="allow", dir=os.fspath(run.root))
-        elif made.requires_logging_directory:
-            tracker = made(project, run.root)
-        else:
-            tracker = made(project, name=title)
-        tracker.start()
-        tracker.store_init_configuration(_flat(recipe.model_dump(mode="json")))
+        try:
+            if kind == "wandb":
+                run_id = identity.read_text(encoding="utf-8").strip()
+                tracker = made(project, name=title, id=run_id, resume="allow", dir=os.fspath(run.root))
+            elif made.requires_logging_directory:
+                tracker = made(project, run.root)
+            else:
+                tracker = made(project, name=title)
+            tracker.start()
+            tracker.store_init_configuration(_flat(recipe.model_dump(mode="json")))
+        # A refused login, a missing network, a full quota: each tracker raises its own kind.
+        except Exception as error:
+            said = " ".join(str(error).split())[:300].rstrip(".")
+            raise RunError(
+                f"tracking.to: {kind} does not start ({said}). Log in to it or remove it, then go on with --resume."
+            ) from error
         trackers.append(tracker)
     return trackers
 
