@@ -113,7 +113,10 @@ def test_hub_base_is_allowed_the_network_and_gets_its_own_run(clone: Clone) -> N
 def test_folder_base_is_meant_from_where_the_caller_stands(clone: Clone, tmp_path: Path) -> None:
     (tmp_path / "elsewhere" / "model").mkdir(parents=True)
     clone.quickstart("--base", "model", cwd=tmp_path / "elsewhere")
-    assert f"model.base={tmp_path / 'elsewhere' / 'model'} output=runs/quickstart-model data.template=auto | offline=1" in clone.calls[0]
+    assert (
+        f"model.base={tmp_path / 'elsewhere' / 'model'} output=runs/quickstart-model data.template=auto | offline=1"
+        in clone.calls[0]
+    )
 
 
 @pytest.mark.parametrize("home", ["", "/nonexistent/home"])
