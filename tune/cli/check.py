@@ -26,13 +26,15 @@ def check(recipe_path: str, overrides: list[str], quiet: bool) -> None:
 
     from tune.data.load import load_data
     from tune.data.tokenizer import load_tokenizer
+    from tune.models.hub import read_config
+    from tune.models.load import check_supported
 
     terminal = sys.stdout.isatty()
     waiting = Console(stderr=True).status("reading the data") if terminal and not quiet else nullcontext()
     with waiting:
-        tokenizer = load_tokenizer(
-            recipe.model.base, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
-        )
+        model = recipe.model
+        check_supported(model, read_config(model.base, model.revision, model.trust_remote_code))
+        tokenizer = load_tokenizer(model.base, revision=model.revision, trust_remote_code=model.trust_remote_code)
         data = load_data(recipe, tokenizer)
     if terminal:
         _print_table(data.report)
