@@ -71,7 +71,7 @@ BASES = [
     mistake("a file", "model.base: train.jsonl is a file", model__base="train.jsonl"),
     mistake("neither path nor hub id", "a b/c", "OWNER/NAME", model__base="a b/c"),
     mistake(
-        "hub while offline", "someone/some-model", "HF_HUB_OFFLINE", "local folder", model__base="someone/some-model"
+        "hub while offline", "someone/some-model", "HF_HUB_OFFLINE", "go online once", model__base="someone/some-model"
     ),
     mistake("config missing", "base holds no config.json", prepare=remove(CONFIG)),
     mistake("config broken", "base/config.json:2: is not valid JSON", prepare=write(CONFIG, '{"model_type":\n')),
@@ -225,9 +225,9 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactor
             "HF_TOKEN",
             model__base="gated/anonymous",
         ),
-        mistake("unknown", "someone/nothing is no model on the Hub", model__base="someone/nothing"),
+        mistake("unknown", "someone/nothing is neither here nor a model on the Hub", model__base="someone/nothing"),
         mistake("private", "someone/private", "HF_TOKEN", model__base="someone/private"),
-        mistake("revision unknown", "revision of someone/branchless", "tree/main", model__base="someone/branchless"),
+        mistake("revision unknown", "someone/branchless has no revision", "tree/main", model__base="someone/branchless"),
         mistake("without config", "someone/empty on the Hub holds no config.json", model__base="someone/empty"),
         mistake("forbidden", "refused access to someone/forbidden (403)", model__base="someone/forbidden"),
         mistake("adapter unknown", "adapter.start_from: someone/nothing", adapter__start_from="someone/nothing"),

@@ -109,7 +109,7 @@ RUNS = [
         prepare=change_json("run/adapter/adapter_config.json", r=5),
     ),
     mistake(
-        "base gone", "base: there is no such", arguments=GENERATE, prepare=lambda work: shutil.rmtree(work / "base")
+        "base gone", "model.base: base does not exist", arguments=GENERATE, prepare=lambda work: shutil.rmtree(work / "base")
     ),
 ]
 

@@ -86,7 +86,7 @@ def test_the_end_says_where_what_and_what_next(trained: tuple[Path, str, str]) -
     assert loss.startswith(f"loss         {before:.4f} before, {after:.4f} after, on held-out data (perplexity ")
     assert re.fullmatch(r"speed        [\d,]+ tokens/s", speed)
     assert re.fullmatch(r"peak memory  [\d.]+ [MG]B", memory)
-    assert following == 'next         tune generate run "your prompt"'
+    assert re.fullmatch(r'next         \S.* generate run "your prompt"', following)
 
 
 def test_the_folder_is_as_it_is_drawn(here: Path) -> None:

@@ -151,14 +151,14 @@ def test_a_local_path_wins_over_a_hub_id(tmp_path, monkeypatch):
         (
             "DatasetNotFoundError",
             "Dataset 'o/n' doesn't exist on the Hub",
-            "neither such a local file nor such a data set",
+            "neither here nor a data set on the Hub",
         ),
-        ("DatasetNotFoundError", "Revision 'v9' doesn't exist for dataset", "there is no revision 'v9'"),
+        ("DatasetNotFoundError", "Revision 'v9' doesn't exist for dataset", "has no revision 'v9'"),
         ("ConnectionError", "Couldn't reach the Hugging Face Hub: offline mode", "HF_HUB_OFFLINE"),
-        ("ValueError", "Unknown split \"x\". Should be one of ['train'].", "split 'train' does not fit"),
-        ("ValueError", "Config name is missing. Please pick one", "config None does not fit"),
+        ("ValueError", "Unknown split \"x\". Should be one of ['train'].", "split 'train' of o/n does not fit"),
+        ("ValueError", "Config name is missing. Please pick one", "config None of o/n does not fit"),
         ("RuntimeError", "Dataset scripts are no longer supported", "made by a script"),
-        ("OSError", "disk is full", "cannot be loaded from the hub (OSError: disk is full)"),
+        ("OSError", "disk is full", "cannot be loaded from the Hub (disk is full)"),
     ],
 )
 def test_what_is_wrong_on_the_hub_is_said(monkeypatch, kind, text, said):

@@ -8,7 +8,8 @@ import shutil
 import pytest
 
 from tests.data.conftest import PLAIN_PIECES, fixture_path
-from tune.data.tokenizer import hub_problem, load_tokenizer
+from tune.data.hub import explain
+from tune.data.tokenizer import load_tokenizer
 from tune.errors import DataError, ModelError
 
 
@@ -82,9 +83,7 @@ def test_what_is_missing_is_said(tmp_path):
 
 
 def test_an_unknown_model_is_said_without_a_network(monkeypatch):
-    with pytest.raises(
-        ModelError, match=r"no such local folder, it is not in the cache, and the hub cannot be reached"
-    ):
+    with pytest.raises(ModelError, match="neither here nor in the cache, and the Hub cannot be reached"):
         load_tokenizer("nobody/nothing-of-this-name")
 
 
@@ -92,6 +91,7 @@ def test_a_gated_model_names_the_page_to_accept():
     class GatedRepoError(Exception):
         pass
 
-    said = hub_problem("o/n", None, GatedRepoError("403 Client Error"))
+    said = explain(GatedRepoError("403 Client Error"), "o/n", "model.base")
+    assert said is not None
     assert "Accept its terms at https://huggingface.co/o/n" in said
     assert "HF_TOKEN" in said

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tune.data.hub import explain, one_line
 from tune.errors import DataError, did_you_mean
 
 if TYPE_CHECKING:
@@ -235,39 +236,17 @@ def _load_from_hub(source: Source, split: str) -> Any:
 
 def _hub_problem(source: Source, split: str, error: Exception) -> str:
     """What went wrong on the hub, in words that say what to do about it."""
-    name, page = source.path, f"https://huggingface.co/datasets/{source.path}"
-    chain: list[BaseException] = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
-        chain.append(cause)
-    kinds = {type(e).__name__ for e in chain}
-    said = " ".join(str(e) for e in chain)
-    status = {getattr(getattr(e, "response", None), "status_code", None) for e in chain}
-    if "GatedRepoError" in kinds or "gated" in said or 403 in status:
-        return (
-            f"{name}: is a gated data set. Accept its terms at {page}, then log in: `hf auth login`, or set HF_TOKEN."
-        )
-    if "OfflineModeIsEnabled" in kinds or "offline" in said.lower():
-        return f"{name}: is not in the cache and the hub is switched off (HF_HUB_OFFLINE). Go online once to fetch it."
-    if kinds & {"ConnectError", "ConnectTimeout", "ReadTimeout", "ConnectionError", "TimeoutException"}:
-        return f"{name}: there is no such local file, and the hub cannot be reached. Check the network, or the path."
-    if "Revision" in said and "exist" in said:
-        return f"{name}: there is no revision {source.revision!r} of this data set. See {page}/commits/main."
-    if kinds & {"DatasetNotFoundError", "RepositoryNotFoundError"}:
-        return (
-            f"{name}: there is neither such a local file nor such a data set on the hub. Check the name at {page}; "
-            "for a private one log in: `hf auth login`, or set HF_TOKEN."
-        )
+    name, said = source.path, one_line(error)
     if "scripts are no longer supported" in said:
-        return f"{name}: is a data set made by a script, which is never run here. Save its rows as .jsonl."
+        return f"data: {name} is made by a script, which is never run here. Save its rows as .jsonl."
     if "Config name is missing" in said or "BuilderConfig" in said:
-        return f"{name}: config {source.config!r} does not fit ({_first_line(error)}). Set `config:` of the source."
+        return f"data: config {source.config!r} of {name} does not fit ({said}). Set `config:` of the source."
     if "split" in said.lower():
-        return f"{name}: split {split!r} does not fit ({_first_line(error)}). Set `split:` of the source."
-    return f"{name}: cannot be loaded from the hub ({type(error).__name__}: {_first_line(error)}). See {page}."
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+        return f"data: split {split!r} of {name} does not fit ({said}). Set `split:` of the source."
+    if access := explain(error, name, "data", kind="dataset", revision=source.revision):
+        return access
+    page = f"https://huggingface.co/datasets/{name}"
+    return f"data: {name} cannot be loaded from the Hub ({said}). See {page}."
 
 
 def _shown(value: object) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from tune.data.hub import explain, one_line
 from tune.errors import DataError, ModelError, did_you_mean
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def _hub_files(base: str, revision: str | None) -> dict[str, Path | None]:
         paths = {name: cached_file(base, name, revision=revision) for name in _FILES if name in listed}
     # From name resolution to a refused token, every layer raises its own kind; each ends as one clear message.
     except Exception as error:
-        raise ModelError(hub_problem(base, revision, error)) from error
+        raise ModelError(_problem(base, revision, error)) from error
     return {name: Path(paths[name]) if paths.get(name) else None for name in _FILES}
 
 
@@ -119,7 +120,7 @@ def _candidates(
     except ImportError as error:
         raise ModelError(f"{base}: its tokenizer needs a package that is not installed ({error}).") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(hub_problem(base, options["revision"], error)) from error
+        raise ModelError(_problem(base, options["revision"], error)) from error
     yield cast("PreTrainedTokenizerBase", usual)
     if files["tokenizer.json"] is not None:
         yield cast("PreTrainedTokenizerBase", PreTrainedTokenizerFast.from_pretrained(place, **options))
@@ -127,36 +128,15 @@ def _candidates(
         yield _convert(files["tokenizer.model"], usual)
 
 
-def hub_problem(base: str, revision: str | None, error: Exception) -> str:
-    """Why a base model's files could not be had, in words that say what to do about it."""
-    chain: list[BaseException] = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
-        chain.append(cause)
-    kinds = {type(e).__name__ for e in chain}
-    said = " ".join(" ".join(str(e).split()) for e in chain)
-    status = {getattr(getattr(e, "response", None), "status_code", None) for e in chain}
-    page = f"https://huggingface.co/{base}"
-    if Path(base).expanduser().is_dir():
-        return f"{base}: its tokenizer cannot be loaded ({' '.join(str(error).split())[:200]})."
-    if "GatedRepoError" in kinds or "gated repo" in said or 403 in status:
-        return f"{base}: is a gated model. Accept its terms at {page}, then log in: `hf auth login`, or set HF_TOKEN."
-    if "RevisionNotFoundError" in kinds:
-        return f"{base}: there is no revision {revision!r} of this model. See {page}/commits/main."
-    if "RepositoryNotFoundError" in kinds or status & {401, 404} or "not a valid model identifier" in said:
+def _problem(base: str, revision: str | None, error: Exception) -> str:
+    """Why a tokenizer could not be had."""
+    if not Path(base).expanduser().is_dir() and (said := explain(error, base, "model.base", revision=revision)):
+        return said
+    if "trust_remote_code" in str(error):
         return (
-            f"{base}: there is neither such a local folder nor such a model on the hub. Check the name at {page}; "
-            "for a private one log in: `hf auth login`, or set HF_TOKEN."
+            f"model.base: the tokenizer of {base} is Python code of its own. Read it, then set model.trust_remote_code."
         )
-    if "trust_remote_code" in said:
-        return f"{base}: its tokenizer is Python code of its own. Read it, then set model.trust_remote_code: true."
-    if kinds & {"OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectError", "ConnectTimeout"}:
-        return (
-            f"{base}: there is no such local folder, it is not in the cache, and the hub cannot be reached "
-            "(or HF_HUB_OFFLINE is set). Check the name, or go online once to fetch it."
-        )
-    if "HFValidationError" in kinds:
-        return f"{base}: is neither a local folder nor a hub id, which reads OWNER/NAME."
-    return f"{base}: its tokenizer cannot be loaded ({' '.join(str(error).split())[:200]}). See {page}."
+    return f"model.base: the tokenizer of {base} cannot be loaded ({one_line(error)}). Copy it again from the original."
 
 
 def _truth(base: str, files: dict[str, Path | None]) -> tuple[Encode | None, str]:

@@ -16,6 +16,7 @@ from tune.data.encode import encode_prompt
 from tune.data.templates.resolve import resolve_template
 from tune.data.tokenizer import load_tokenizer
 from tune.folder import folder_of
+from tune.models.hub import read_config
 from tune.models.load import load_base
 from tune.recipe.load import load_recipe
 from tune.recipe.schema import Recipe
@@ -98,6 +99,7 @@ def load_run(path: str | Path, device: torch.device | None = None) -> LoadedRun:
     """
     run, adapter = folder_of(path)
     recipe = load_recipe(run.recipe)
+    read_config(recipe.model.base, recipe.model.revision, recipe.model.trust_remote_code)
     tokenizer = load_tokenizer(
         recipe.model.base, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
     )

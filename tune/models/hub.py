@@ -1,80 +1,18 @@
-"""Where a base comes from: a local folder or the Hugging Face Hub, and what the Hub's refusals mean.
+"""Where a base comes from: a local folder or the Hugging Face Hub, and whether its config describes one we can use.
 
-`HF_TOKEN`, `hf auth login`, `HF_HOME` and `HF_HUB_OFFLINE` work as everywhere, since huggingface_hub does the
-asking. The config is asked for first, so that a missing right is told before any weight is downloaded.
+The config is asked for first, so that a missing right is told before any weight is downloaded.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tune.data.hub import explain, one_line
 from tune.errors import ModelError, did_you_mean
-
-
-def explain(error: Exception, repo: str, key: str = "model.base") -> str:
-    """Return one message for what huggingface_hub raised about `repo`, with the way out. `key` is the recipe's."""
-    from huggingface_hub import errors
-
-    page = f"https://huggingface.co/{repo}"
-    if isinstance(error, errors.GatedRepoError):
-        return (
-            f"{key}: {repo} is gated and your account has not been let in. Accept its terms at {page}, "
-            "then log in with `hf auth login` or set HF_TOKEN."
-        )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"{key}: the Hub has no such revision of {repo}. See {page}/tree/main for its branches and tags."
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return (
-            f"{key}: {repo} is no model on the Hub, or a private one. Check the name, or log in with "
-            f"`hf auth login` or set HF_TOKEN if it is private. For a local folder, check the path.{_near_folder(repo)}"
-        )
-    status = _status(error)
-    if status == 401:
-        return (
-            f"{key}: the Hub refused access to {repo} (401): your token is missing or not valid. Log in with "
-            "`hf auth login` or set HF_TOKEN."
-        )
-    if status == 403:
-        return f"{key}: the Hub refused access to {repo} (403). Ask for it at {page}, then log in with `hf auth login`."
-    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
-        return (
-            f"{key}: {repo} is not in the local cache, and the Hub cannot be reached (no network, or HF_HUB_OFFLINE is "
-            f"set). Connect once, or give a local folder.{_near_folder(repo)}"
-        )
-    if isinstance(error, errors.HFValidationError):
-        return f"{key}: {repo} is neither a folder here nor a Hub id. A Hub id reads OWNER/NAME."
-    return (
-        f"{key}: the Hub could not be asked for {repo} ({one_line(error)}). Check the network, or use a local folder."
-    )
-
-
-def _status(error: BaseException | None) -> int | None:
-    """The HTTP status behind an error: huggingface_hub says of a refusal that the file is not in the cache."""
-    while error is not None:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if isinstance(status, int):
-            return status
-        error = error.__cause__
-    return None
-
-
-def one_line(error: Exception) -> str:
-    """What a library said, as a part of one of our own messages."""
-    said = re.sub(r"\b\w+Error: ", "", " ".join(str(error).split()))[:300]
-    if isinstance(error, KeyError):  # its text is the key alone
-        return f"there is no {said}"
-    return said or type(error).__name__
-
-
-def _near_folder(repo: str) -> str:
-    """OWNER/NAME may have been meant as a path."""
-    path = Path(repo)
-    return did_you_mean(path.name, [entry.name for entry in path.parent.iterdir()]) if path.parent.is_dir() else ""
 
 
 @contextmanager
@@ -102,12 +40,14 @@ def fetch(repo: str, name: str, revision: str | None = None, key: str = "model.b
 
     try:
         return Path(hf_hub_download(repo, name, revision=revision))
-    except errors.LocalEntryNotFoundError as error:
-        raise ModelError(explain(error, repo, key)) from error
-    except errors.EntryNotFoundError:
-        return None
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError, httpx.HTTPError) as error:
-        raise ModelError(explain(error, repo, key)) from error
+        missing = isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError)
+        if missing:
+            return None
+        said = explain(error, repo, key, revision=revision)
+        raise ModelError(
+            said or f"{key}: {name} of {repo} cannot be fetched ({one_line(error)}). Try again."
+        ) from error
 
 
 def local_folder(base: str, key: str = "model.base") -> Path | None:

@@ -15,9 +15,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from tune.data.hub import explain, one_line
 from tune.errors import ModelError
 from tune.models.catalog import family_of
-from tune.models.hub import explain, one_line, quiet_transformers, read_config
+from tune.models.hub import quiet_transformers, read_config
 from tune.recipe import schema
 
 
@@ -102,13 +103,8 @@ def load_base(section: schema.Model, device: torch.device) -> LoadedBase:
 
 
 def _unreadable(base: str, error: Exception) -> str:
-    from huggingface_hub.errors import HfHubHTTPError
-
-    if isinstance(error, HfHubHTTPError):
-        return explain(error, base)
-    return (
-        f"model.base: the weights of {base} cannot be read ({one_line(error)}). The download or copy may be incomplete."
-    )
+    words = f"the weights of {base} cannot be read ({one_line(error)}). The download or copy may be incomplete."
+    return explain(error, base, "model.base") or f"model.base: {words}"
 
 
 def _check_complete(base: str, info: dict[str, Any], model: torch.nn.Module) -> None:
