@@ -66,7 +66,8 @@ def test_the_list_shows_each_with_its_first_line(capsys: pytest.CaptureFixture[s
     assert len(lines) == len(shipped_recipes())
     for line, (name, path) in zip(lines, shipped_recipes().items(), strict=True):
         assert line.split()[0] == name
-        assert line.endswith(path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# "))
+        assert path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ") in line
+        assert line.endswith("(not in this version yet)") is (name == "mixtral-alpaca")
 
 
 def test_one_is_printed_whole(capsys: pytest.CaptureFixture[str]) -> None:

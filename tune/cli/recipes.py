@@ -14,7 +14,8 @@ def recipes(name: str | None = None, copy: bool = False, schema: bool = False) -
     Raises RecipeError for an unknown name, for `copy` without a name, and where a copy would overwrite a file.
     """
     # Imported here, as every verb's rooms are, so that `tune --help` pays for none of them.
-    from tune.recipe.load import json_schema, shipped_recipes
+    from tune.recipe.later import refusals
+    from tune.recipe.load import json_schema, load_recipe, shipped_recipes
 
     if schema:
         print(json.dumps(json_schema(), indent=2))
@@ -27,7 +28,8 @@ def recipes(name: str | None = None, copy: bool = False, schema: bool = False) -
             )
         width = max(map(len, shipped), default=0)
         for stem, path in shipped.items():
-            print(f"{stem:<{width}}  {_description(path)}")
+            waits = " (not in this version yet)" if refusals(load_recipe(path)) else ""
+            print(f"{stem:<{width}}  {_description(path)}{waits}")
         return
     stem = name.removesuffix(".yaml")
     if stem not in shipped:
