@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tune.errors import RecipeError, RunError, UntrustworthyError
-from tune.folder import RunFolder, explain_os_errors, write_file, write_folder
+from tune.folder import RunFolder, explain_os_errors, write_file
 from tune.recipe.later import refusals
 from tune.recipe.load import recipe_to_yaml
 from tune.recipe.schema import Recipe
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from tune.training.checkpoint import TrainingState
     from tune.training.devices import Devices
     from tune.training.progress import Progress
+    from tune.training.trainer import Trainer
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +83,9 @@ def _train_locked(recipe: Recipe, resume: bool, run: RunFolder, devices: Devices
     from tune.models.hub import read_config
     from tune.models.load import check_supported, check_vocabulary, load_base
     from tune.planning.memory import plan_rows
-    from tune.training.checkpoint import newest_whole
     from tune.training.metrics import check_trackers
     from tune.training.optimizer import check_optimizer
-    from tune.training.resume import check_data, check_same, check_start
+    from tune.training.resume import check_same, check_start, find_checkpoint
     from tune.training.trainer import Job, Trainer
 
     model = recipe.model
@@ -107,10 +106,7 @@ def _train_locked(recipe: Recipe, resume: bool, run: RunFolder, devices: Devices
         finished = run.read_finished()
         if finished is not None and not longer:
             return _already(run, finished)
-        resume_step, damaged = newest_whole(run)
-        for step in damaged:
-            progress.warn(f"{run.checkpoint(step)} is damaged; the one before it is used")
-        _check_checkpoint(run, resume_step, data, progress, check_data)
+        resume_step = find_checkpoint(run, data.fingerprint, progress)
 
     with progress.phase("loading the base"):
         base = load_base(model, devices.device)
@@ -128,7 +124,7 @@ def _train_locked(recipe: Recipe, resume: bool, run: RunFolder, devices: Devices
     job = Job(recipe, run, adapted, data.train, data.eval, data.fingerprint, base.packs, rows, devices, progress)
     trainer = Trainer(job, resume_step)
     devices.first(lambda: _begin(run, recipe, data, coverage))
-    _tell(progress, devices, coverage, base.attention, base.packs, recipe, trainer, rows.row_tokens, rows.recompute)
+    _tell(progress, coverage, base.attention, trainer)
 
     state = trainer.run()
     result = _result(recipe, run, state, data.eval is not None, devices)
@@ -143,22 +139,6 @@ def _already(run: RunFolder, finished: dict[str, Any]) -> FinishedRun:
         raise RunError(
             f"{run.finished}: was written by another version. Remove it; --resume writes it again."
         ) from error
-
-
-def _check_checkpoint(run: RunFolder, step: int | None, data: Data, progress: Progress, check_data: Any) -> None:
-    from tune.training.checkpoint import machine_differences, read_state
-
-    if step is None:
-        progress.line("resume from step 0: no checkpoint yet")
-        return
-    state, saved = read_state(run.checkpoint(step))
-    check_data(run, state.data_fingerprint, data.fingerprint)
-    progress.line(f"resume from step {step}")
-    differences = machine_differences(saved)
-    if differences:
-        progress.warn(
-            f"not the machine this run began on ({'; '.join(differences)}): it will not end bit for bit the same"
-        )
 
 
 def _begin(run: RunFolder, recipe: Recipe, data: Data, coverage: Coverage) -> None:
@@ -176,30 +156,22 @@ def _begin(run: RunFolder, recipe: Recipe, data: Data, coverage: Coverage) -> No
     run.finished.unlink(missing_ok=True)
 
 
-def _tell(
-    progress: Progress,
-    devices: Devices,
-    coverage: Coverage,
-    attention: str,
-    packs: bool,
-    recipe: Recipe,
-    trainer: Any,
-    row_tokens: int,
-    recompute: bool,
-) -> None:
+def _tell(progress: Progress, coverage: Coverage, attention: str, trainer: Trainer) -> None:
+    """The start-up table, and what a user should know before the first step."""
+    job = trainer.job
     progress.coverage(coverage)
-    progress.line(devices.line)
+    progress.line(job.devices.line)
     for line in coverage.lines:
         progress.line(line)
-    progress.line(f"attention {attention}, {'packed' if packs else 'one example a row'}")
-    progress.line(f"rows of {row_tokens} tokens{', recomputed' if recompute else ''}")
-    progress.line(f"steps {trainer.total}, {recipe.train.batch_size} examples each")
-    if recipe.adapter.dropout:
+    progress.line(f"attention {attention}, {'packed' if job.packs else 'one example a row'}")
+    progress.line(f"rows of {job.rows.row_tokens} tokens{', recomputed' if job.rows.recompute else ''}")
+    progress.line(f"steps {trainer.total}, {job.recipe.train.batch_size} examples each")
+    if job.recipe.adapter.dropout:
         progress.warn("dropout masks depend on how a step is split: other devices or rows give another adapter")
-    if devices.unused_gpus:
+    if job.devices.unused_gpus:
         progress.warn(
-            f"{devices.unused_gpus} more GPUs are idle. To use all: accelerate launch --multi_gpu "
-            f"--num_processes {devices.unused_gpus + 1} -m tune train RECIPE"
+            f"{job.devices.unused_gpus} more GPUs are idle. To use all: accelerate launch --multi_gpu "
+            f"--num_processes {job.devices.unused_gpus + 1} -m tune train RECIPE"
         )
 
 
@@ -228,18 +200,11 @@ def _result(recipe: Recipe, run: RunFolder, state: TrainingState, held_out: bool
 
 def _finish(run: RunFolder, recipe: Recipe, tokenizer: Any, template: Any, result: FinishedRun) -> None:
     """Write adapter/ from the chosen checkpoint, then the finished mark."""
+    from tune.export.adapter import write_adapter
     from tune.export.card import adapter_card
 
-    chosen = run.checkpoint(result.adapter_step)
-    files: dict[str, bytes | str] = {
-        name: (chosen / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")
-    }
-    tokenizer.chat_template = template.jinja
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        files |= {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
-    files["README.md"] = adapter_card(recipe, result.loss_before, result.loss_after, result.measured_on)
+    card = adapter_card(recipe, result.loss_before, result.loss_after, result.measured_on)
     with explain_os_errors(run.root, "finish with --resume"):
-        write_folder(run.adapter, files)
+        write_adapter(run.adapter, run.checkpoint(result.adapter_step), tokenizer, template.jinja, card)
         summary = {key: value for key, value in asdict(result).items() if key != "already"}
         write_file(run.finished, json.dumps(summary, indent=1) + "\n")

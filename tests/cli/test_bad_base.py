@@ -227,7 +227,9 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactor
         ),
         mistake("unknown", "someone/nothing is neither here nor a model on the Hub", model__base="someone/nothing"),
         mistake("private", "someone/private", "HF_TOKEN", model__base="someone/private"),
-        mistake("revision unknown", "someone/branchless has no revision", "tree/main", model__base="someone/branchless"),
+        mistake(
+            "revision unknown", "someone/branchless has no revision", "tree/main", model__base="someone/branchless"
+        ),
         mistake("without config", "someone/empty on the Hub holds no config.json", model__base="someone/empty"),
         mistake("forbidden", "refused access to someone/forbidden (403)", model__base="someone/forbidden"),
         mistake("adapter unknown", "adapter.start_from: someone/nothing", adapter__start_from="someone/nothing"),

@@ -109,7 +109,10 @@ RUNS = [
         prepare=change_json("run/adapter/adapter_config.json", r=5),
     ),
     mistake(
-        "base gone", "model.base: base does not exist", arguments=GENERATE, prepare=lambda work: shutil.rmtree(work / "base")
+        "base gone",
+        "model.base: base does not exist",
+        arguments=GENERATE,
+        prepare=lambda work: shutil.rmtree(work / "base"),
     ),
 ]
 

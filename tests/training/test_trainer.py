@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.training.jobs import tiny_recipe, write_rows
+from tests.training.processes import fork, wait
 from tune.errors import RecipeError, UntrustworthyError
 from tune.folder import RunFolder
 from tune.run import train
@@ -171,19 +172,22 @@ def test_paged_moments_are_refused_without_a_gpu(tmp_path: Path) -> None:
 
 def test_wandb_runs_offline_and_hears_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
-    heard: list[tuple[int, dict[str, Any]]] = []
     from accelerate.tracking import WandBTracker
 
     plain_log = WandBTracker.log
 
     def log(self: Any, values: dict[str, Any], step: int, **rest: Any) -> None:
-        heard.append((step, values))
+        with open(tmp_path / "heard", "a") as file:
+            file.write(json.dumps({**values, "step": step}) + "\n")
         plain_log(self, values, step, **rest)
 
     monkeypatch.setattr(WandBTracker, "log", log)
-    train(tiny_recipe(tmp_path, train__max_steps=3, tracking__to=["wandb"], tracking__project="lamps"))
-    assert [number for number, _ in heard] == [1, 2, 3]
-    assert all({"loss", "learning_rate", "tokens_per_second"} <= values.keys() for _, values in heard)
+    recipe = tiny_recipe(tmp_path, train__max_steps=3, tracking__to=["wandb"], tracking__project="lamps")
+    # In a process of its own: wandb leaves a service behind that later runs of the same process would use.
+    assert wait(fork(lambda: train(recipe) and None, tmp_path / "log")) == 0, (tmp_path / "log").read_text()
+    heard = [json.loads(line) for line in (tmp_path / "heard").read_text().splitlines()]
+    assert [entry["step"] for entry in heard] == [1, 2, 3]
+    assert all({"loss", "learning_rate", "tokens_per_second"} <= entry.keys() for entry in heard)
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
 
 

@@ -49,7 +49,7 @@ def explain(error: Exception, name: str, key: str, *, kind: str = "model", revis
             f"{key}: {name} is gated, and your account has not been let in. Accept its terms at {page}, then {login}."
         )
     if "RevisionNotFoundError" in kinds or ("Revision" in said and "exist" in said):
-        return f"{key}: {name} has no revision {revision or 'main'!r} on the Hub. See {page}/tree/main for branches and tags."
+        return f"{key}: {name} has no revision {revision or 'main'!r}. See {page}/tree/main for branches and tags."
     if kinds & {"RepositoryNotFoundError", "DatasetNotFoundError"} or "not a valid model identifier" in said:
         return (
             f"{key}: {name} is neither here nor a {noun} on the Hub, or it is private. Check the name at {page}; "

@@ -1,1 +1,1 @@
-"""What leaves a run: for now, the card beside its adapter."""
+"""What leaves a run: for now, the adapter folder and its card."""

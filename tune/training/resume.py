@@ -12,6 +12,8 @@ from tune.errors import RunError
 from tune.folder import RunFolder
 from tune.recipe.load import load_recipe
 from tune.recipe.schema import Recipe
+from tune.training.checkpoint import machine_differences, newest_whole, read_state
+from tune.training.progress import Progress
 
 MAY_CHANGE = (
     "output",
@@ -66,17 +68,31 @@ def check_same(run: RunFolder, recipe: Recipe) -> bool:
     return longer
 
 
-def check_data(run: RunFolder, before: str, now: str) -> None:
-    """Refuse to go on with other data than the run was started with.
+def find_checkpoint(run: RunFolder, data_fingerprint: str, progress: Progress) -> int | None:
+    """Return the step to go on from, or None for the start, and say what is used and what differs.
 
     Raises:
-        RunError: the encoded examples differ.
+        RunError: the encoded examples are not those the run was started with.
     """
-    if before and before != now:
+    step, damaged = newest_whole(run)
+    for number in damaged:
+        progress.warn(f"{run.checkpoint(number)} is damaged; the one before it is used")
+    if step is None:
+        progress.line("resume from step 0: no checkpoint yet")
+        return None
+    state, saved = read_state(run.checkpoint(step))
+    if state.data_fingerprint != data_fingerprint:
         raise RunError(
-            f"{run.root}: the data has changed since this run began (fingerprint was {before[:12]}, is {now[:12]}). "
-            "Put the old files back, or start anew with another output."
+            f"{run.root}: the data has changed since this run began (fingerprint was {state.data_fingerprint[:12]}, "
+            f"is {data_fingerprint[:12]}). Put the old files back, or start anew with another output."
         )
+    progress.line(f"resume from step {step}")
+    differences = machine_differences(saved)
+    if differences:
+        progress.warn(
+            f"not the machine this run began on ({'; '.join(differences)}): it will not end bit for bit the same"
+        )
+    return step
 
 
 def _grows(key: str, before: Any, after: Any) -> bool:
