@@ -48,7 +48,7 @@ def write_model(folder: Path, family: str, dtype: torch.dtype = torch.float32, s
         "bos_token_id": 0,
         "eos_token_id": 1,
         "pad_token_id": None,
-        **SIZES[family],
+        **SIZES.get(family, {}),
         **changes,
     }
     torch.manual_seed(seed)

@@ -106,3 +106,12 @@ def test_a_mixture_of_experts_is_refused_before_its_weights_are_read(tmp_path: P
         weights.write_bytes(b"")
     with pytest.raises(ModelError, match="mixture of experts"):
         load_base(schema.Model(base=str(path)), torch.device("cpu"))
+
+
+def test_a_model_that_scales_its_logits_is_refused_and_its_plain_twin_is_not(tmp_path: Path) -> None:
+    sizes = {"intermediate_size": 128, "num_key_value_heads": 2}
+    plain = write_model(tmp_path / "plain", "granite", logits_scaling=1.0, **sizes)
+    load_base(schema.Model(base=str(plain), dtype="float32"), torch.device("cpu"))
+    scaled = write_model(tmp_path / "scaled", "granite", logits_scaling=8.0, **sizes)
+    with pytest.raises(ModelError, match="granite.*scales or caps its logits"):
+        load_base(schema.Model(base=str(scaled), dtype="float32"), torch.device("cpu"))

@@ -99,6 +99,7 @@ def load_base(section: schema.Model, device: torch.device) -> LoadedBase:
     model.requires_grad_(False)
     model.eval()
     _keep_weights_packed(model)
+    _check_head(section.base, model)
     return LoadedBase(model, config, keeps_examples_apart(model), str(model.config._attn_implementation))
 
 
@@ -162,6 +163,24 @@ def _keep_weights_packed(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+@torch.no_grad()
+def _check_head(base: str, model: Any) -> None:
+    """Refuse a model that does more to its logits than the output head does.
+
+    Training goes from the last hidden states through the head, chunk by chunk. A model that scales or caps its
+    logits (Gemma 2, Granite, Cohere) would learn from a loss that is not its own.
+    """
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    ids = torch.arange(min(8, embedding.shape[0]), device=embedding.device)[None]
+    whole = model(input_ids=ids, use_cache=False).logits.float()
+    plain = head(model.base_model(input_ids=ids, use_cache=False)[0]).float() if head is not None else whole * 0
+    if float((whole - plain).norm()) > 0.01 * float(whole.norm()):
+        raise ModelError(
+            f"model.base: {base} ({model.config.model_type}) scales or caps its logits, which this version does not "
+            "train through. Use a base of another family, such as mistralai/Mistral-7B-v0.1."
+        )
 
 
 @torch.no_grad()
