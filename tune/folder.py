@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tune.errors import RunError, did_you_mean
 
@@ -82,6 +82,26 @@ class RunFolder:
                 f"{self.finished}: cannot be read ({error}). Remove it; --resume writes it again."
             ) from error
 
+    def check_start(self, resume: bool) -> None:
+        """Refuse a folder that another run, or other files, already fill.
+
+        Raises:
+            RunError: there is a run and no `--resume`, or files that are no run.
+        """
+        if self.recipe.is_file() or self.steps():
+            if not resume:
+                raise RunError(
+                    f"{self.root}: a run is already here. Go on with it with --resume, or give this one another output."
+                )
+            return
+        other = (
+            [path.name for path in self.root.iterdir() if not path.name.startswith(".")] if self.root.is_dir() else []
+        )
+        if other:
+            raise RunError(
+                f"{self.root}: holds files that are no run ({sorted(other)[0]}). Give this run another output."
+            )
+
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the run for this process; the folder is made if needed.
@@ -90,20 +110,43 @@ class RunFolder:
             RunError: another process holds it, or the folder cannot be written.
         """
         with explain_os_errors(self.root):
+            ours = not self.root.exists()
+            handle = self._take_lock()
+        with handle:
+            self._sweep()
+            try:
+                yield
+            finally:
+                if ours:
+                    self._leave_no_empty_folder()
+
+    def _take_lock(self) -> IO[str]:
+        path = self.root / ".lock"
+        while True:
             try:
                 self.root.mkdir(parents=True, exist_ok=True)
             except FileNotFoundError:  # as /proc answers
                 raise RunError(f"{self.root}: no folder can be made there. Change the recipe's output.") from None
-            handle = open(self.root / ".lock", "a")  # noqa: SIM115  held for the whole run
-        with handle:
+            handle = open(path, "a")  # noqa: SIM115  held for the whole run
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                handle.close()
                 raise RunError(
                     f"{self.root}: another process is training here. Wait for it, or give this run another output."
                 ) from None
-            self._sweep()
-            yield
+            # A process that was refused may have removed the file between our opening and our locking it.
+            with contextlib.suppress(FileNotFoundError):
+                if os.stat(path).st_ino == os.fstat(handle.fileno()).st_ino:
+                    return handle
+            handle.close()
+
+    def _leave_no_empty_folder(self) -> None:
+        """A run that was refused before it began leaves nothing behind."""
+        with contextlib.suppress(OSError):
+            if [path.name for path in self.root.iterdir()] == [".lock"]:
+                (self.root / ".lock").unlink()
+                self.root.rmdir()
 
     def _sweep(self) -> None:
         """Remove what a killed process left half written."""
@@ -124,6 +167,8 @@ def folder_of(path: str | Path) -> tuple[RunFolder, Path]:
         raise RunError(
             f"{path}: no such run. Give a run folder such as runs/quickstart, or one of its checkpoints.{near}"
         )
+    if given.name == "adapter" and (given.parent / "recipe.yaml").is_file():
+        given = given.parent
     if given.parent.name == "checkpoints" and _STEP.fullmatch(given.name):
         return RunFolder(given.parent.parent), given
     run = RunFolder(given)

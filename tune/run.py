@@ -85,11 +85,13 @@ def _train_locked(recipe: Recipe, resume: bool, run: RunFolder, devices: Devices
     from tune.planning.memory import plan_rows
     from tune.training.metrics import check_trackers
     from tune.training.optimizer import check_optimizer
-    from tune.training.resume import check_same, check_start, find_checkpoint
+    from tune.training.resume import check_same, find_checkpoint
     from tune.training.trainer import Job, Trainer
 
     model = recipe.model
-    devices.first(lambda: check_start(run, resume))
+    devices.first(lambda: run.check_start(resume))
+    if resume and not run.recipe.is_file():
+        progress.line("resume from step 0: there is no run yet")
     check_optimizer(recipe.train, devices.device)
     check_trackers(recipe.tracking.to)
     start = find_start(recipe.adapter.start_from) if recipe.adapter.start_from is not None else None
@@ -124,7 +126,7 @@ def _train_locked(recipe: Recipe, resume: bool, run: RunFolder, devices: Devices
     job = Job(recipe, run, adapted, data.train, data.eval, data.fingerprint, base.packs, rows, devices, progress)
     trainer = Trainer(job, resume_step)
     devices.first(lambda: _begin(run, recipe, data, coverage))
-    _tell(progress, coverage, base.attention, trainer)
+    _tell(progress, data, coverage, base.attention, trainer)
 
     state = trainer.run()
     result = _result(recipe, run, state, data.eval is not None, devices)
@@ -156,16 +158,26 @@ def _begin(run: RunFolder, recipe: Recipe, data: Data, coverage: Coverage) -> No
     run.finished.unlink(missing_ok=True)
 
 
-def _tell(progress: Progress, coverage: Coverage, attention: str, trainer: Trainer) -> None:
+def _tell(progress: Progress, data: Data, coverage: Coverage, attention: str, trainer: Trainer) -> None:
     """The start-up table, and what a user should know before the first step."""
     job = trainer.job
+    report = data.report
     progress.coverage(coverage)
+    progress.line(
+        f"data {report.train_examples:,} examples, {report.train_tokens:,} tokens, "
+        f"{report.train_trained / report.train_tokens:.0%} trained on; {report.eval_examples:,} held out"
+    )
     progress.line(job.devices.line)
     for line in coverage.lines:
         progress.line(line)
     progress.line(f"attention {attention}, {'packed' if job.packs else 'one example a row'}")
     progress.line(f"rows of {job.rows.row_tokens} tokens{', recomputed' if job.rows.recompute else ''}")
-    progress.line(f"steps {trainer.total}, {job.recipe.train.batch_size} examples each")
+    batch = min(job.recipe.train.batch_size, trainer.order.epoch_length)
+    progress.line(f"steps {trainer.total}, {batch:,} examples each")
+    for warning in report.warnings():
+        progress.warn(warning)
+    if batch < job.recipe.train.batch_size:
+        progress.warn(f"train.batch_size is {job.recipe.train.batch_size:,}, but an epoch has only {batch:,} examples")
     if job.recipe.adapter.dropout:
         progress.warn("dropout masks depend on how a step is split: other devices or rows give another adapter")
     if job.devices.unused_gpus:

@@ -78,12 +78,6 @@ RUNS = [
         arguments=("generate", "run/checkpoints/step-000009", "hi"),
     ),
     mistake(
-        "adapter named",
-        "run/adapter: not a run folder",
-        "Did you mean 'run'?",
-        arguments=("generate", "run/adapter", "hi"),
-    ),
-    mistake(
         "without an adapter yet",
         "run: this run has no adapter",
         "--resume",

@@ -113,5 +113,5 @@ def test_a_model_that_scales_its_logits_is_refused_and_its_plain_twin_is_not(tmp
     plain = write_model(tmp_path / "plain", "granite", logits_scaling=1.0, **sizes)
     load_base(schema.Model(base=str(plain), dtype="float32"), torch.device("cpu"))
     scaled = write_model(tmp_path / "scaled", "granite", logits_scaling=8.0, **sizes)
-    with pytest.raises(ModelError, match="granite.*scales or caps its logits"):
+    with pytest.raises(ModelError, match=r"granite.*scales or caps its logits"):
         load_base(schema.Model(base=str(scaled), dtype="float32"), torch.device("cpu"))

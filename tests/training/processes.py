@@ -28,7 +28,7 @@ def fork(work: Callable[[], int | None], output: Path | None = None) -> int:
             descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(descriptor, 1)
             os.dup2(descriptor, 2)
-            sys.stdout = sys.stderr = os.fdopen(1, "w", closefd=False)
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
         code = work() or 0
     except BaseException:
         traceback.print_exc()

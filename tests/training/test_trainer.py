@@ -71,9 +71,9 @@ def test_the_best_adapter_by_held_out_loss_is_the_result_and_the_last_stays(tmp_
 @pytest.mark.parametrize(
     ("scheduler", "rates"),
     [
-        ("constant", [0.0, 0.005, 0.01, 0.01, 0.01, 0.01]),
-        ("linear", [0.0, 0.005, 0.01, 0.0075, 0.005, 0.0025]),
-        ("cosine", [0.0, 0.005, 0.01, 0.00853553, 0.005, 0.00146447]),
+        ("constant", [0.005, 0.01, 0.01, 0.01, 0.01, 0.01]),
+        ("linear", [0.005, 0.01, 0.008, 0.006, 0.004, 0.002]),
+        ("cosine", [0.005, 0.01, 0.00904508, 0.00654508, 0.00345492, 0.00095492]),
     ],
 )
 def test_the_learning_rate_follows_the_schedule(tmp_path: Path, scheduler: str, rates: list[float]) -> None:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import sys
 
-from tune.cli.generate import write
+from tune.cli.generate import loading, write
 from tune.data.conversation import Message
+from tune.folder import folder_of
 
 
 def chat(run: str, adapter: bool, system: str | None, max_new_tokens: int, temperature: float, quiet: bool) -> None:
     """Take turns until the input ends. `/new` forgets the conversation, `/base` and `/adapter` choose who answers."""
-    from tune.evaluation.generate import load_run
-    from tune.folder import folder_of
-
     folder_of(run)  # a wrong name is told before anything is loaded
-    if not quiet:
-        print("loading ...", flush=True)
-    loaded = load_run(run)
+    with loading(quiet):
+        from tune.evaluation.generate import load_run
+
+        loaded = load_run(run)
     if not quiet:
         print("Write a message and press Enter. /new starts over, /base and /adapter switch, /quit or Ctrl-D leaves.")
     turns: list[Message] = []
@@ -28,6 +27,8 @@ def chat(run: str, adapter: bool, system: str | None, max_new_tokens: int, tempe
             adapter = said == "/adapter"
         elif said == "/new":
             turns = []
+        elif said.startswith("/"):
+            print("There are /new, /base, /adapter and /quit.")
         elif said:
             turns.append(Message("user", said))
             answer = loaded.answer(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import sys
 import warnings
@@ -27,7 +29,7 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe, such as train.learning_rate=1e-4."),
 ]
 RunPath = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or one of its checkpoints.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only what was asked for, warnings and errors.")]
 System = Annotated[str | None, typer.Option("--system", help="The system prompt.")]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token each time.")]
@@ -140,7 +142,11 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 def _usage(error: Any) -> str:
     """A mistake on the command line in one line, as every other mistake is told."""
     verb = error.ctx.command_path if error.ctx is not None else "tune"
-    words = " ".join(error.format_message().split())
+    words = " ".join(error.format_message().split()) or "a verb is missing."
+    option = getattr(error, "option_name", None)
+    if option and verb.endswith((" train", " check", " preview")):
+        name = option.lstrip("-").replace("-", "_")
+        words += f" A key of the recipe is written without dashes, such as train.{name}=VALUE."
     return f"{verb}: {words}{'' if words.endswith(('.', '?')) else '.'} See `{verb} --help`."
 
 
@@ -149,9 +155,15 @@ def _run(arguments: list[str] | None) -> int:
         # Libraries warn each other's developers; what a user should know is said by tune itself.
         warnings.simplefilter("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every retry
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 shows what it can
     try:
         code = app(args=arguments, prog_name="tune", standalone_mode=False)
         sys.stdout.flush()
+        if code == 130:  # how Typer returns a Ctrl-C
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except TuneError as error:
         print(error, file=sys.stderr)
@@ -160,9 +172,9 @@ def _run(arguments: list[str] | None) -> int:
         print(_usage(error), file=sys.stderr)
         return 2
     except (typer.Abort, KeyboardInterrupt):
-        print("stopped", file=sys.stderr)
+        print("stopped by Ctrl-C. A run that had begun goes on with --resume.", file=sys.stderr)
         return 130
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit):  # Typer answers a broken pipe with an exit of its own
         # Whoever read our output has gone (`tune preview | head`); Python would complain again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -39,6 +39,7 @@ class ConsoleProgress(Progress):
         self.console = Console(highlight=False, soft_wrap=True)
         self._bar: Bar | None = None
         self._steps: Any = None
+        self._training = False
 
     def line(self, text: str) -> None:
         self.console.print(text, markup=False)
@@ -51,8 +52,9 @@ class ConsoleProgress(Progress):
         if not self.console.is_terminal:
             started = time.perf_counter()
             yield lambda done, total: None
-            if self._steps is None:  # before training; within it, lines say what came of a phase
-                self.line(f"{name}: {time.perf_counter() - started:.1f} s")
+            seconds = time.perf_counter() - started
+            if not self._training and seconds >= 1:  # within training, lines say what came of a phase
+                self.line(f"{name}: {seconds:.1f} s")
             return
         if self._bar is not None:  # within training: one more task of the same bar
             task = self._bar.add_task(name, total=None)
@@ -82,22 +84,23 @@ class ConsoleProgress(Progress):
         table.add_row("all", "", "", "", size(coverage.frozen_bytes), f"{coverage.adapter_parameters:,}")
         self.console.print(table)
 
+    def steps(self, done: int, total: int) -> None:
+        self._training = True
+        if self.console.is_terminal:
+            self._bar = Bar(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                console=self.console,
+            )  # fmt: skip
+            self._bar.start()
+            self._steps = self._bar.add_task("training", total=total, completed=done)
+
     def step(self, metrics: dict[str, Any], total: int, log: bool) -> None:
         words = (
             f"step {metrics['step']}/{total}  loss {metrics['loss']:.4f}  lr {metrics['learning_rate']:.2e}  "
             f"grad {metrics['grad_norm']:.3f}  {metrics['tokens_per_second']:,.0f} tokens/s  "
             f"{size(metrics['memory_bytes'])}"
         )
-        if not self.console.is_terminal:
-            self._steps = ()
-        else:
-            if self._bar is None:
-                self._bar = Bar(
-                    TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                    console=self.console,
-                )  # fmt: skip
-                self._bar.start()
-                self._steps = self._bar.add_task("training", total=total)
+        if self._bar is not None:
             self._bar.update(self._steps, completed=metrics["step"], description=f"loss {metrics['loss']:.4f}")
         if log:
             self.line(words)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from tune.cli.program import command
 from tune.errors import RecipeError, did_you_mean
 
 
@@ -57,4 +58,4 @@ def _copy(source: Path) -> None:
         raise RecipeError(f"{target}: exists already and is not overwritten. Move it, or copy elsewhere.") from None
     except OSError as error:
         raise RecipeError(f"{target}: cannot be written ({error.strerror}). Choose another folder.") from None
-    print(f"{target} is here. Next: tune train {target}")
+    print(f"{target} is here. Next: {command('train', str(target))}")

@@ -50,13 +50,17 @@ def build_scheduler(
     """The learning rate of a run of `total` steps, standing at `step`.
 
     The schedule is a function of the step's number, so a run that was made longer gets the longer run's schedule.
+    It is transformers', one place further on where there is a warm-up: theirs has a learning rate of zero at its
+    first place, and a step there would train nothing.
     """
     from transformers import get_scheduler
 
     name = {"constant": "constant_with_warmup"}.get(section.scheduler, section.scheduler)
-    scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup_steps(section, total), num_training_steps=total)
-    scheduler.last_epoch = step
-    rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    warmup = warmup_steps(section, total)
+    ahead = 1 if warmup else 0
+    scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total + ahead)
+    place = scheduler.last_epoch = step + ahead
+    rates = [base * factor(place) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     scheduler._last_lr = rates

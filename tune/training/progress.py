@@ -24,6 +24,9 @@ class Progress:
     def coverage(self, coverage: Any) -> None:
         """The start-up table (a `tune.adapters.coverage.Coverage`)."""
 
+    def steps(self, done: int, total: int) -> None:
+        """Training begins, with `done` steps behind it."""
+
     def step(self, metrics: dict[str, Any], total: int, log: bool) -> None:
         """A step has ended; `log` says whether it falls on `log_every`."""
 

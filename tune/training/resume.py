@@ -29,23 +29,6 @@ MAY_CHANGE = (
 MAY_GROW = ("train.epochs", "train.max_steps")
 
 
-def check_start(run: RunFolder, resume: bool) -> None:
-    """Refuse a folder that another run, or other files, already fill.
-
-    Raises:
-        RunError: there is a run and no `--resume`, or files that are no run.
-    """
-    if run.recipe.is_file() or run.steps():
-        if not resume:
-            raise RunError(
-                f"{run.root}: a run is already here. Go on with it with --resume, or give this one another output."
-            )
-        return
-    other = [path.name for path in run.root.iterdir() if not path.name.startswith(".")]
-    if other:
-        raise RunError(f"{run.root}: holds files that are no run ({sorted(other)[0]}). Give this run another output.")
-
-
 def check_same(run: RunFolder, recipe: Recipe) -> bool:
     """Compare the recipe with the one the run was started with; return whether the training was made longer.
 
@@ -76,9 +59,9 @@ def find_checkpoint(run: RunFolder, data_fingerprint: str, progress: Progress) -
     """
     step, damaged = newest_whole(run)
     for number in damaged:
-        progress.warn(f"{run.checkpoint(number)} is damaged; the one before it is used")
+        progress.warn(f"{run.checkpoint(number)} is damaged and is passed over")
     if step is None:
-        progress.line("resume from step 0: no checkpoint yet")
+        progress.line(f"resume from step 0: {'no undamaged checkpoint' if damaged else 'no checkpoint yet'}")
         return None
     state, saved = read_state(run.checkpoint(step))
     if state.data_fingerprint != data_fingerprint:

@@ -88,6 +88,7 @@ class Trainer:
         """
         job, train, state = self.job, self.job.recipe.train, self.state
         metrics = Metrics(job.run, job.recipe, job.devices, state.step)
+        job.progress.steps(state.step, self.total)
         self.network.train()
         try:
             with self._signals():
@@ -199,7 +200,8 @@ class Trainer:
                 state.best_step = state.step
         else:
             state.evaluations_since_best += 1
-        self.job.progress.evaluation(state.step, loss, better)
+        worse_than_base = state.first_loss is not None and loss >= state.first_loss
+        self.job.progress.evaluation(state.step, loss, better and not worse_than_base)
         return loss
 
     def _save(self) -> None:
@@ -226,7 +228,9 @@ class Trainer:
         def note(number: int, frame: FrameType | None) -> None:
             self._signal = number
             signal.signal(number, before[number])
-            self.job.progress.line(f"{signal.Signals(number).name}: saving a checkpoint after this step")
+            self.job.progress.line(
+                f"{signal.Signals(number).name}: saving a checkpoint after this step (again leaves at once)"
+            )
 
         before: dict[int, Any] = {}
         try:
