@@ -110,15 +110,14 @@ class RunFolder:
             RunError: another process holds it, or the folder cannot be written.
         """
         with explain_os_errors(self.root):
-            ours = not self.root.exists()
+            ours = [folder for folder in (self.root, *self.root.parents) if not folder.exists()]
             handle = self._take_lock()
         with handle:
             self._sweep()
             try:
                 yield
             finally:
-                if ours:
-                    self._leave_no_empty_folder()
+                self._leave_no_empty_folder(ours)
 
     def _take_lock(self) -> IO[str]:
         path = self.root / ".lock"
@@ -141,12 +140,13 @@ class RunFolder:
                     return handle
             handle.close()
 
-    def _leave_no_empty_folder(self) -> None:
-        """A run that was refused before it began leaves nothing behind."""
+    def _leave_no_empty_folder(self, ours: list[Path]) -> None:
+        """A run that was refused before it began leaves nothing behind. `ours` are the folders made for it."""
         with contextlib.suppress(OSError):
-            if [path.name for path in self.root.iterdir()] == [".lock"]:
+            if ours and [path.name for path in self.root.iterdir()] == [".lock"]:
                 (self.root / ".lock").unlink()
-                self.root.rmdir()
+                for folder in ours:
+                    folder.rmdir()
 
     def _sweep(self) -> None:
         """Remove what a killed process left half written."""

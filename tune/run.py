@@ -215,7 +215,7 @@ def _finish(run: RunFolder, recipe: Recipe, tokenizer: Any, template: Any, resul
     from tune.export.adapter import write_adapter
     from tune.export.card import adapter_card
 
-    card = adapter_card(recipe, result.loss_before, result.loss_after, result.measured_on)
+    card = adapter_card(recipe, result.loss_before, result.loss_after, result.measured_on, result.adapter_step)
     with explain_os_errors(run.root, "finish with --resume"):
         write_adapter(run.adapter, run.checkpoint(result.adapter_step), tokenizer, template.jinja, card)
         summary = {key: value for key, value in asdict(result).items() if key != "already"}

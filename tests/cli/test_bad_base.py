@@ -188,9 +188,13 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactor
 
     class Hub(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            if self.path == "/":  # is there a Hub at all?
+                self.send_response(200)
+                self.end_headers()
+                return
             asked.append(self.path)
             repo = "/".join(self.path.removeprefix("/api/models").strip("/").split("/")[:2])
-            status, code = HUB[repo]
+            status, code = HUB.get(repo, (404, "EntryNotFound"))
             self.send_response(status)
             if code:
                 self.send_header("X-Error-Code", code)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,9 @@ def attach(base: LoadedBase, section: schema.Adapter, base_name: str, seed: int)
         base_model_name_or_path=base_name,
     )
     config._register_custom_module({bnb.nn.Linear4bit: NF4LoraLinear})
-    model = get_peft_model(base.model, config, adapter_name=ADAPTER)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a name that it will drop
+        model = get_peft_model(base.model, config, adapter_name=ADAPTER)
     config.init_lora_weights = True
     initialise(model, section, seed)
     return model

@@ -36,13 +36,16 @@ def fetch(repo: str, name: str, revision: str | None = None, key: str = "model.b
         ModelError: the repository cannot be read; the message says why and what to do.
     """
     import httpx
-    from huggingface_hub import errors, hf_hub_download
+    from huggingface_hub import constants, errors, hf_hub_download, is_offline_mode, try_to_load_from_cache
 
     try:
+        cached = try_to_load_from_cache(repo, name, revision=revision)
+        if not isinstance(cached, str) and not is_offline_mode():
+            # Fails at once without a network, where fetching a file tries again for half a minute.
+            httpx.head(constants.ENDPOINT, timeout=10)
         return Path(hf_hub_download(repo, name, revision=revision))
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError, httpx.HTTPError) as error:
-        missing = isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError)
-        if missing:
+        if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
             return None
         said = explain(error, repo, key, revision=revision)
         raise ModelError(
