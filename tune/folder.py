@@ -88,7 +88,12 @@ class RunFolder:
         Raises:
             RunError: there is a run and no `--resume`, or files that are no run.
         """
-        if self.recipe.is_file() or self.steps():
+        if self.steps() and not self.recipe.is_file():
+            raise RunError(
+                f"{self.root}: holds checkpoints but no recipe.yaml, so nothing says what they are of. "
+                "Put it back, or give this run another output."
+            )
+        if self.recipe.is_file():
             if not resume:
                 raise RunError(
                     f"{self.root}: a run is already here. Go on with it with --resume, or give this one another output."
@@ -196,6 +201,8 @@ def explain_os_errors(path: Path, remedy: str = "") -> Iterator[None]:
         errno.EEXIST: "a file is in the way. Change the recipe's output",
         errno.ENAMETOOLONG: "the name is too long. Change the recipe's output",
         errno.EIO: "the device reports an input/output error. Check the disk",
+        errno.ENOLCK: "the file system has no locks. Put the recipe's output on a local disk",
+        errno.ENOSYS: "the file system has no locks. Put the recipe's output on a local disk",
         errno.ESTALE: "the network file system has gone. Mount it again",
     }
     try:

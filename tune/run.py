@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tune.errors import RecipeError, RunError, UntrustworthyError
-from tune.folder import RunFolder, explain_os_errors, write_file
+from tune.folder import RunFolder, explain_os_errors, whole, write_file
 from tune.recipe.later import refusals
 from tune.recipe.load import recipe_to_yaml
 from tune.recipe.schema import Recipe
@@ -70,7 +70,8 @@ def train(recipe: Recipe, resume: bool = False, progress: Progress | None = None
     assert recipe.output is not None
     run, devices = RunFolder(Path(recipe.output)), Devices()
     heard = progress if progress is not None and devices.is_main else Progress()
-    with explain_os_errors(run.root), run.lock() if devices.is_main else nullcontext():
+    with explain_os_errors(run.root), ExitStack() as held:
+        devices.first(lambda: held.enter_context(run.lock()))
         return _train_locked(recipe, resume, run, devices, heard)
 
 
@@ -80,9 +81,9 @@ def _train_locked(recipe: Recipe, resume: bool, run: RunFolder, devices: Devices
     from tune.adapters.start import find_start
     from tune.data.load import load_data
     from tune.data.tokenizer import load_tokenizer
-    from tune.models.hub import read_config
-    from tune.models.load import check_supported, check_vocabulary, load_base
-    from tune.planning.memory import plan_rows
+    from tune.models.hub import fingerprint_base, read_config
+    from tune.models.load import check_length, check_supported, check_vocabulary, load_base
+    from tune.planning.memory import RowPlan, keep_automatic, plan_rows
     from tune.training.metrics import check_trackers
     from tune.training.optimizer import check_optimizer
     from tune.training.resume import check_same, find_checkpoint
@@ -94,7 +95,8 @@ def _train_locked(recipe: Recipe, resume: bool, run: RunFolder, devices: Devices
         progress.line("resume from step 0: there is no run yet")
     check_optimizer(recipe.train, devices.device)
     check_trackers(recipe.tracking.to)
-    start = find_start(recipe.adapter.start_from) if recipe.adapter.start_from is not None else None
+    begins = not (resume and run.steps())
+    start = find_start(recipe.adapter.start_from) if recipe.adapter.start_from is not None and begins else None
     check_supported(model, read_config(model.base, model.revision, model.trust_remote_code))
     tokenizer = load_tokenizer(model.base, revision=model.revision, trust_remote_code=model.trust_remote_code)
     with progress.phase("reading data") as advance:
@@ -102,30 +104,47 @@ def _train_locked(recipe: Recipe, resume: bool, run: RunFolder, devices: Devices
     # What `auto` meant is part of what was trained: the saved recipe says it by name.
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"template": data.template.name})})
 
-    resume_step = None
+    base_fingerprint = fingerprint_base(model.base, model.revision)
+    state = None
     if run.recipe.is_file():
         longer = check_same(run, recipe)
         finished = run.read_finished()
         if finished is not None and not longer:
             return _already(run, finished)
-        resume_step = find_checkpoint(run, data.fingerprint, progress)
+        state = find_checkpoint(run, data.fingerprint, base_fingerprint, progress)
+    devices.wait()  # nobody changes the folder while another process still reads it
 
     with progress.phase("loading the base"):
         base = load_base(model, devices.device)
     check_vocabulary(base, model.base, max(int(part.ids.max()) for part in (data.train, data.eval) if part is not None))
     claimed = resolve_targets(recipe.adapter, base, model.base)
     adapted = attach(base, recipe.adapter, model.base, recipe.train.seed)
-    if start is not None and resume_step is None:
+    if start is not None and state is None:
         read_adapter(start, adapted)
     coverage = check_coverage(base.model, claimed, model.quantization)
-    longest = int(data.train.lengths.max())
+    longest = max(int(part.lengths.max()) for part in (data.train, data.eval) if part is not None)
+    check_length(base.config, model.base, longest)
     rows = plan_rows(recipe.train, base.config, longest, base.model.dtype, devices.device)
+    if state is not None:
+        rows = keep_automatic(recipe.train, rows, RowPlan(state.row_tokens, state.recompute))
     if rows.recompute:
         base.model.gradient_checkpointing_enable({"use_reentrant": False})
         base.model.enable_input_require_grads()
-    job = Job(recipe, run, adapted, data.train, data.eval, data.fingerprint, base.packs, rows, devices, progress)
-    trainer = Trainer(job, resume_step)
-    devices.first(lambda: _begin(run, recipe, data, coverage))
+    job = Job(
+        recipe,
+        run,
+        adapted,
+        data.train,
+        data.eval,
+        data.fingerprint,
+        base_fingerprint,
+        base.packs,
+        rows,
+        devices,
+        progress,
+    )
+    trainer = Trainer(job, state.step if state is not None else None)
+    devices.first(lambda: _begin(run, recipe, data, coverage, trainer.state.step))
     _tell(progress, data, coverage, base.attention, trainer)
 
     state = trainer.run()
@@ -136,16 +155,16 @@ def _train_locked(recipe: Recipe, resume: bool, run: RunFolder, devices: Devices
 
 def _already(run: RunFolder, finished: dict[str, Any]) -> FinishedRun:
     try:
-        return FinishedRun(**{**finished, "already": True})
+        return FinishedRun(**{**finished, "output": str(run.root), "already": True})
     except TypeError as error:
         raise RunError(
             f"{run.finished}: was written by another version. Remove it; --resume writes it again."
         ) from error
 
 
-def _begin(run: RunFolder, recipe: Recipe, data: Data, coverage: Coverage) -> None:
-    """Write down what is about to be trained. From here on the folder holds a run."""
-    from tune.training.checkpoint import machine
+def _begin(run: RunFolder, recipe: Recipe, data: Data, coverage: Coverage, step: int) -> None:
+    """Write down what is about to be trained, from `step` on. From here on the folder holds a run."""
+    from tune.training.checkpoint import forget_after, machine
 
     versions = machine()["versions"]
     header = [
@@ -153,9 +172,10 @@ def _begin(run: RunFolder, recipe: Recipe, data: Data, coverage: Coverage) -> No
         "# versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()),
         f"# data: sha256 {data.fingerprint}",
     ]
+    run.finished.unlink(missing_ok=True)  # first: a finished mark must never stand beside a longer recipe
+    forget_after(run, step)
     write_file(run.recipe, "\n".join(header) + "\n" + recipe_to_yaml(recipe))
     write_file(run.coverage, json.dumps(coverage.to_json(), indent=1) + "\n")
-    run.finished.unlink(missing_ok=True)
 
 
 def _tell(progress: Progress, data: Data, coverage: Coverage, attention: str, trainer: Trainer) -> None:
@@ -215,8 +235,14 @@ def _finish(run: RunFolder, recipe: Recipe, tokenizer: Any, template: Any, resul
     from tune.export.adapter import write_adapter
     from tune.export.card import adapter_card
 
+    chosen = run.checkpoint(result.adapter_step)
+    if not whole(chosen):
+        raise RunError(
+            f"{chosen}: the checkpoint to finish from is damaged or gone. Remove what is left of it; "
+            "--resume goes on from the one before."
+        )
     card = adapter_card(recipe, result.loss_before, result.loss_after, result.measured_on, result.adapter_step)
     with explain_os_errors(run.root, "finish with --resume"):
-        write_adapter(run.adapter, run.checkpoint(result.adapter_step), tokenizer, template.jinja, card)
+        write_adapter(run.adapter, chosen, tokenizer, template.jinja, card)
         summary = {key: value for key, value in asdict(result).items() if key != "already"}
         write_file(run.finished, json.dumps(summary, indent=1) + "\n")

@@ -7,7 +7,7 @@ recipe's claim, and training does not start when they differ.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -97,6 +97,13 @@ def check_coverage(model: nn.Module, claimed: Mapping[str, int], quantization: s
     ]
     if quantization == "nf4" and unquantized:
         raise ModelError(_shortfall("model.quantization: nf4", "linear layers stayed unquantised", unquantized))
+    left = sorted(_left_whole(model, layers)) if quantization == "nf4" else []
+    if left:
+        raise ModelError(
+            _shortfall(
+                "model.quantization: nf4", "weights that are no linear layer (experts?) stayed unquantised", left
+            )
+        )
     unadapted = [name for name, rank in claimed.items() if not _trains(adapters.get(name), rank)]
     if unadapted:
         raise ModelError(_shortfall("adapter.targets", "layers carry no trainable adapter", unadapted))
@@ -122,6 +129,16 @@ def check_coverage(model: nn.Module, claimed: Mapping[str, int], quantization: s
         frozen_bytes=_stored_bytes(module for name, module in model.named_modules() if not _inside_adapter(name)),
         adapter_parameters=_trained(model),
     )
+
+
+def _left_whole(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[str]:
+    """Yield the frozen matrices that no 4-bit layer holds; embeddings and the output head stay in 16 bit by design."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head is not None else None
+    for name, module in model.named_modules():
+        known = isinstance(module, nn.Embedding) or module is head or name.removesuffix(".base_layer") in layers
+        if not known and not _inside_adapter(name):
+            yield from (f"{name}.{key}" for key, weight in module.named_parameters(recurse=False) if weight.dim() >= 2)
 
 
 def _inside_adapter(name: str) -> bool:

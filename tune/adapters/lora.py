@@ -216,6 +216,8 @@ def read_adapter(folder: Path, model: PeftModel) -> None:
                 f"{folder}: its {theirs} is {config.get(theirs)}, the recipe's adapter.{mine} is "
                 f"{getattr(ours, theirs)}. Set adapter.{mine}: {config.get(theirs)} to continue it."
             )
+    if config.get("alpha_pattern"):
+        raise ModelError(f"{folder}: has alphas of its own for some layers, which this version does not continue.")
     if config.get("use_dora") or config.get("use_rslora") or config.get("modules_to_save"):
         raise ModelError(
             f"{folder}: uses DoRA, rank-stabilised scaling or trained whole modules, which this version does not."

@@ -6,42 +6,89 @@ import sys
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
+from tune.errors import ModelError, RecipeError
 from tune.recipe.later import refusals
 from tune.recipe.load import load_recipe
 
 if TYPE_CHECKING:
     from tune.data.load import Data
     from tune.data.report import Report, SourceReport
+    from tune.models.load import LoadedBase
+    from tune.recipe.schema import Recipe
 
 
 def check(recipe_path: str, overrides: list[str], quiet: bool) -> None:
     """Print what the data comes to, source by source, and what looks wrong with it."""
-    from tune.errors import RecipeError
-
     recipe = load_recipe(recipe_path, overrides)
     if refused := refusals(recipe):
         raise RecipeError(refused)  # before transformers is imported, which takes a second
 
     from rich.console import Console
 
+    from tune.adapters.lora import resolve_targets  # first, since it keeps bitsandbytes quiet
     from tune.data.load import load_data
     from tune.data.tokenizer import load_tokenizer
-    from tune.models.hub import read_config
-    from tune.models.load import check_supported
+    from tune.models.load import check_vocabulary
 
     terminal = sys.stdout.isatty()
     waiting = Console(stderr=True).status("reading the data") if terminal and not quiet else nullcontext()
     with waiting:
         model = recipe.model
-        check_supported(model, read_config(model.base, model.revision, model.trust_remote_code))
+        _check_surroundings(recipe)
+        outline = _outline(recipe)
+        if outline is not None:
+            resolve_targets(recipe.adapter, outline, model.base)
         tokenizer = load_tokenizer(model.base, revision=model.revision, trust_remote_code=model.trust_remote_code)
         data = load_data(recipe, tokenizer)
+        if outline is not None:
+            parts = [part for part in (data.train, data.eval) if part is not None]
+            check_vocabulary(outline, model.base, max(int(part.ids.max()) for part in parts))
     if terminal:
         _print_table(data.report)
     else:
         for source in data.report.sources:
             _print_lines(source)
-    _print_totals(data)
+    _print_totals(data, recipe)
+
+
+def _check_surroundings(recipe: Recipe) -> None:
+    """What training asks for besides base and data: the optimizer, the trackers and the adapter to start from."""
+    import torch
+
+    from tune.adapters.start import find_start
+    from tune.training.metrics import check_trackers
+    from tune.training.optimizer import check_optimizer
+
+    check_optimizer(recipe.train, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    check_trackers(recipe.tracking.to)
+    if recipe.adapter.start_from is not None:
+        find_start(recipe.adapter.start_from)
+
+
+def _outline(recipe: Recipe) -> LoadedBase | None:
+    """The base as its config describes it, without weights; None where the base's own code would have to build it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from tune.data.hub import one_line
+    from tune.models.hub import quiet_transformers, read_config
+    from tune.models.load import LoadedBase, check_supported
+
+    section = recipe.model
+    config = read_config(section.base, section.revision, section.trust_remote_code)
+    check_supported(section, config)
+    if section.trust_remote_code and getattr(config, "auto_map", None):
+        return None  # such code may need real weights, and a recipe is not refused for that
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    # A config that contradicts itself fails wherever the contradiction shows, as it does when weights are loaded.
+    except (ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ModelError(
+            f"model.base: the model that the config.json of {section.base} describes cannot be built "
+            f"({one_line(error)}). Compare it with the original model's."
+        ) from error
+    return LoadedBase(model, config, packs=True, attention="")
 
 
 def _cells(source: SourceReport) -> dict[str, str]:
@@ -83,10 +130,15 @@ def _print_lines(source: SourceReport) -> None:
         print(f"  {name:<18} {value}")
 
 
-def _print_totals(data: Data) -> None:
-    report = data.report
+def _print_totals(data: Data, recipe: Recipe) -> None:
+    from tune.data.batches import Order
+
+    report, train = data.report, recipe.train
     share = report.train_trained / report.train_tokens
     print(f"train        {report.train_examples:,} examples, {report.train_tokens:,} tokens, {share:.1%} trained on")
+    order = Order(data.train.source, tuple(source.weight for source in recipe.data.train), train.batch_size, train.seed)
+    print(f"epoch        {order.epoch_length:,} examples, weights counted, in {order.steps_per_epoch:,} steps")
+    print(f"steps        {order.steps(train.epochs, train.max_steps):,} of {train.batch_size:,} examples")
     if data.eval is not None:
         shared = f"{report.shared} of them in train too"
         print(f"held out     {report.eval_examples:,} examples, {report.eval_tokens:,} tokens, {shared}")

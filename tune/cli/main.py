@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from tune import __version__
-from tune.errors import TuneError
+from tune.errors import StoppedError, TuneError
 
 app = typer.Typer(
     name="tune",
@@ -166,7 +166,8 @@ def _run(arguments: list[str] | None) -> int:
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except TuneError as error:
-        print(error, file=sys.stderr)
+        if not (isinstance(error, StoppedError) and int(os.environ.get("RANK", "0"))):
+            print(error, file=sys.stderr)
         return error.exit_code
     except _UsageError as error:
         print(_usage(error), file=sys.stderr)

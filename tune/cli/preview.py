@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 TRAINED_STYLE = "black on green"
 MARKS = ("⟦", "⟧")
+PLAIN_MARKS = ("[[", "]]")
+"""For an output whose encoding has no ⟦."""
 
 
 def preview(recipe_path: str, overrides: list[str], n: int, as_json: bool, quiet: bool) -> None:
@@ -38,13 +40,17 @@ def preview(recipe_path: str, overrides: list[str], n: int, as_json: bool, quiet
         recipe.model.base, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
     )
     examples = _first_examples(recipe, tokenizer, n)
+    if not quiet and sys.stderr.isatty():
+        _tell_what_is_not_shown(recipe, examples, n)
     for index in range(min(n, len(examples))):
         ids, trained = (values.tolist() for values in examples.example(index))
         if as_json:
             print(json.dumps({"ids": ids, "tokens": tokenizer.convert_ids_to_tokens(ids), "trained": trained}))
             continue
         if not quiet:
-            print(f"--- {examples.where[index]}: {len(ids)} tokens, {sum(trained)} trained on")
+            cut = examples.cut is not None and examples.cut[index]
+            end = f", cut at data.max_length ({recipe.data.max_length})" if cut else ""
+            print(f"--- {examples.where[index]}: {len(ids)} tokens, {sum(trained)} trained on{end}")
         _show(_pieces(tokenizer, ids, trained))
 
 
@@ -54,13 +60,26 @@ def _first_examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, n: int) 
 
     enough = 4 * n + 100
     while True:
-        sources = tuple(s.model_copy(update={"limit": min(s.limit or enough, enough)}) for s in recipe.data.train)
+        # A weight is of the whole source, and may leave nothing of its first rows.
+        sources = tuple(
+            s.model_copy(update={"limit": min(s.limit or enough, enough), "weight": 1.0}) for s in recipe.data.train
+        )
         data = recipe.data.model_copy(update={"train": sources, "eval": 0.0})
         loaded = load_data(recipe.model_copy(update={"data": data}), tokenizer)
         whole = all(s.rows < enough for s in loaded.report.sources)
         if len(loaded.train) >= n or whole:
             return loaded.train
         enough *= 8
+
+
+def _tell_what_is_not_shown(recipe: Recipe, examples: Examples, n: int) -> None:
+    sources = recipe.data.train
+    shown = int(examples.source[: min(n, len(examples))].max()) + 1
+    if shown == len(sources):
+        return
+    what = f"only the first source, {sources[0].path}," if shown == 1 else f"only the first {shown} sources"
+    remedy = f"data.train.{shown - 1}.limit=1 leaves room for the next"
+    print(f"{what} of {len(sources)} {'is' if shown == 1 else 'are'} shown: {remedy}", file=sys.stderr)
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int], trained: list[bool]) -> list[tuple[str, bool]]:
@@ -78,9 +97,17 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int], trained: list[bo
     return pieces
 
 
+def _marks() -> tuple[str, str]:
+    try:
+        "".join(MARKS).encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return PLAIN_MARKS
+    return MARKS
+
+
 def _show(pieces: list[tuple[str, bool]]) -> None:
     if not sys.stdout.isatty():
-        print("".join(text.join(MARKS) if learned else text for text, learned in pieces))
+        print("".join(text.join(_marks()) if learned else text for text, learned in pieces))
         return
     from rich.console import Console
     from rich.text import Text

@@ -49,6 +49,8 @@ class Examples:
     """int32 [examples]: which source of the recipe's list an example is from"""
     where: list[str]
     """[examples]: the row that an example was read from"""
+    cut: np.ndarray | None = None
+    """bool [examples]: which were cut at data.max_length; none of them without it"""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -75,7 +77,8 @@ class Examples:
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         tokens = np.repeat(self.offsets[indices] - offsets[:-1], lengths) + np.arange(offsets[-1])
         where = [self.where[i] for i in indices]
-        return Examples(self.ids[tokens], self.trained[tokens], offsets, self.source[indices], where)
+        cut = None if self.cut is None else self.cut[indices]
+        return Examples(self.ids[tokens], self.trained[tokens], offsets, self.source[indices], where, cut)
 
 
 class Encoded(NamedTuple):

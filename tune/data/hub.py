@@ -69,6 +69,25 @@ def explain(error: Exception, name: str, key: str, *, kind: str = "model", revis
     return None
 
 
+def refused_at_once(name: str, key: str, revision: str | None = None) -> str | None:
+    """Ask the Hub once for the data set `name` when nothing of it is cached; return a refusal's message, or None.
+
+    The libraries above huggingface_hub ask again and again, for half a minute and aloud, before they say that there
+    is no network. Arguments as `explain` takes them.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    if (Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="dataset") / "snapshots").is_dir():
+        return None
+    try:
+        HfApi().dataset_info(name, revision=revision, timeout=10)
+    # What this one question cannot explain, the real request that follows meets again.
+    except Exception as error:
+        return explain(error, name, key, kind="dataset", revision=revision)
+    return None
+
+
 def near_path(name: str) -> str:
     """OWNER/NAME may have been meant as a path: name the nearest one that is there."""
     path = Path(name)

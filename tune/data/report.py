@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from tune.data.encode import Examples
 
 
 @dataclass(frozen=True, slots=True)
 class SourceReport:
-    """One source of `data.train` or `data.eval`. Lengths and tokens are those of the examples kept."""
+    """One source of `data.train` or `data.eval`. Tokens are those of the examples kept."""
 
     path: str
     part: Literal["train", "eval"]
@@ -35,6 +33,7 @@ class SourceReport:
     duplicates: int
     """Examples whose tokens another example of the same part has as well, counted without the first."""
     length_p50: int
+    """Half of the prompts have at most so many tokens as they are written, before the cut at data.max_length."""
     length_p95: int
     length_max: int
 
@@ -68,6 +67,8 @@ class Report:
     """Training examples, cut ones aside, in which no special token is trained on."""
     eval_asked: bool
     """Whether the recipe asked for held-out data."""
+    max_length: int
+    """The recipe's data.max_length, in tokens."""
 
     def warnings(self) -> list[str]:
         """What looks wrong, in words, the remedy included."""
@@ -75,9 +76,10 @@ class Report:
         for source in self.sources:
             where = f"{source.path} ({source.part})"
             if source.truncated_share > 0.2:
+                enough = max(source.length_p95, self.max_length)
                 found.append(
-                    f"{where}: {source.truncated_share:.0%} of the examples are cut at data.max_length. "
-                    f"The longest kept whole would need more; half have at most {source.length_p50} tokens."
+                    f"{where}: {source.truncated_share:.0%} of the examples are cut at data.max_length "
+                    f"({self.max_length}). data.max_length={enough} would keep 95% whole."
                 )
             if source.tokens and source.trained_share < 0.05:
                 found.append(
@@ -104,10 +106,12 @@ class Report:
         return found
 
 
-def lengths_of(examples: Examples) -> tuple[int, int, int]:
-    """Median, 95th percentile and maximum of the examples' lengths, in tokens; zeros without examples."""
-    if not len(examples):
+def percentiles(lengths: Sequence[int]) -> tuple[int, int, int]:
+    """Median, 95th percentile and maximum of some lengths; zeros without any.
+
+    Each is one of the lengths, and so many of them, or more, are at most as long.
+    """
+    if not len(lengths):
         return 0, 0, 0
-    lengths = examples.lengths
-    median, high = np.percentile(lengths, [50, 95], method="nearest")
-    return int(median), int(high), int(lengths.max())
+    median, high, longest = np.percentile(np.asarray(lengths), [50, 95, 100], method="inverted_cdf")
+    return int(median), int(high), int(longest)

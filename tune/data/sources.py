@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tune.data.hub import explain, one_line
+from tune.data.formats import columns_seen
+from tune.data.hub import explain, one_line, refused_at_once
 from tune.errors import DataError, did_you_mean
 
 if TYPE_CHECKING:
@@ -88,8 +89,20 @@ def read_rows(source: Source) -> Rows:
         raise DataError(f"{source.path}: holds no rows. Give a file with one object a line, or a list of objects.")
     if source.columns:
         renames = dict(source.columns)
+        _check_columns(source, rows)
         rows.good = [Row(_renamed(row.value, renames), row.where) for row in rows.good]
     return rows
+
+
+def _check_columns(source: Source, rows: Rows) -> None:
+    """Refuse a renamed column that no row has: it would be missed later, under a name that the data does not use."""
+    for ours, theirs in source.columns.items():
+        if rows.good and not any(theirs in row.value for row in rows.good):
+            seen = columns_seen([row.value for row in rows.good])
+            raise DataError(
+                f"{source.path}: columns.{ours}: there is no column {theirs!r}. "
+                f"It has: {', '.join(seen) or 'none'}.{did_you_mean(theirs, seen)}"
+            )
 
 
 def _is_hub_id(path: str) -> bool:
@@ -226,7 +239,13 @@ def _read_hub(source: Source) -> Rows:
 
 def _load_from_hub(source: Source, split: str) -> Any:
     import datasets
+    from datasets.naming import camelcase_to_snakecase
 
+    owner, name = source.path.split("/")
+    prepared = Path(datasets.config.HF_DATASETS_CACHE) / f"{owner}___{camelcase_to_snakecase(name)}"
+    refused = None if prepared.is_dir() else refused_at_once(source.path, "data", source.revision)
+    if refused is not None:
+        raise DataError(refused)
     try:
         return datasets.load_dataset(source.path, name=source.config, split=split, revision=source.revision)
     # Everything below `load_dataset`, from HTTP to Arrow, raises its own kinds; each ends as one clear message.

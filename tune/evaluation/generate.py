@@ -56,6 +56,7 @@ class LoadedRun:
         if system and messages[0].role != "system":
             messages.insert(0, Message("system", system))
         ids = torch.tensor([encode_prompt(messages, self.template, self.tokenizer)], device=self.model.device)
+        stops = self._stops()
         streamer = None
         if on_text is not None:
             streamer = _stream(self.tokenizer, on_text)
@@ -65,8 +66,8 @@ class LoadedRun:
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=max_new_tokens,
-                eos_token_id=self._stops(),
-                pad_token_id=self._stops()[0],
+                eos_token_id=stops or None,
+                pad_token_id=stops[0] if stops else 0,
                 streamer=streamer,
                 **sampling,
             )
@@ -97,15 +98,22 @@ def load_run(path: str | Path, device: torch.device | None = None) -> LoadedRun:
         RunError: there is no run, or nothing of it to load yet.
         ModelError: its base or adapter cannot be read.
     """
+    from transformers import GenerationConfig
+
     run, adapter = folder_of(path)
     recipe = load_recipe(run.recipe)
     read_config(recipe.model.base, recipe.model.revision, recipe.model.trust_remote_code)
+    # The tokenizer and template saved with the adapter are those that trained; the base's may have changed since.
+    saved = (run.adapter / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(
-        recipe.model.base, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
+        str(run.adapter) if saved else recipe.model.base,
+        revision=None if saved else recipe.model.revision,
+        trust_remote_code=recipe.model.trust_remote_code,
     )
     template = resolve_template(recipe.data.template, tokenizer)
     where = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base = load_base(recipe.model, where)
+    base.model.generation_config = GenerationConfig()  # the base's own may penalise, sample or search
     model = attach(base, recipe.adapter, recipe.model.base, recipe.train.seed)
     read_adapter(adapter, model)
     model.eval()

@@ -5,6 +5,7 @@ The config is asked for first, so that a missing right is told before any weight
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,6 +69,31 @@ def local_folder(base: str, key: str = "model.base") -> Path | None:
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         raise ModelError(f"{key}: {base} does not exist.{did_you_mean(path.name, siblings)}")
     return None
+
+
+def fingerprint_base(base: str, revision: str | None = None) -> str:
+    """Return a SHA-256 over the config and samples of the weights' files, by their sizes and places.
+
+    Whole files would take minutes at tens of gigabytes; 16 samples of 64 KiB of each, the header among them, tell
+    another checkpoint, another revision and a broken copy.
+    """
+    folder = local_folder(base)
+    digest = hashlib.sha256()
+    if folder is None:
+        config = fetch(base, "config.json", revision)
+        assert config is not None
+        digest.update(config.resolve().read_bytes())
+        digest.update(config.parent.name.encode())  # a snapshot's folder is named after its commit
+        return digest.hexdigest()
+    digest.update((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            for part in range(16):
+                file.seek(part * size // 16)
+                digest.update(file.read(2**16))
+    return digest.hexdigest()
 
 
 def read_config(base: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:

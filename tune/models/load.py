@@ -99,6 +99,7 @@ def load_base(section: schema.Model, device: torch.device) -> LoadedBase:
     model.requires_grad_(False)
     model.eval()
     _keep_weights_packed(model)
+    _switch_dropout_off(model)
     _check_head(section.base, model)
     return LoadedBase(model, config, keeps_examples_apart(model), str(model.config._attn_implementation))
 
@@ -163,6 +164,34 @@ def _keep_weights_packed(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+def _switch_dropout_off(model: torch.nn.Module) -> None:
+    """The base is frozen: dropout of its own would only make a step depend on how it is split into rows."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if name.endswith("dropout") and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def check_length(config: Any, base: str, longest: int) -> None:
+    """Refuse examples longer than the positions that a base was made for, where they would change other examples.
+
+    With dynamic or long RoPE scaling a long example changes the frequencies of every later one.
+
+    Raises:
+        ModelError: names the length that is safe.
+    """
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kind = rope.get("rope_type") or rope.get("type")
+    made_for = rope.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", None)
+    if kind in ("dynamic", "longrope") and made_for and longest > made_for:
+        raise ModelError(
+            f"model.base: {base} scales its positions by the longest example seen ({kind}), so examples of more than "
+            f"{made_for} tokens would change the others (the longest has {longest}). Set data.max_length: {made_for}."
+        )
 
 
 @torch.no_grad()

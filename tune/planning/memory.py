@@ -57,6 +57,7 @@ def plan_rows(section: schema.Train, config: Any, max_length: int, dtype: torch.
         recompute = section.recompute == "full"
         tokens = CPU_ROW_TOKENS if section.micro_batch_tokens == "auto" else section.micro_batch_tokens
         return RowPlan(tokens, recompute)
+    torch.cuda.empty_cache()  # what quantisation left over is free again
     free = torch.cuda.mem_get_info(device)[0] * _SHARE
     size = torch.empty((), dtype=dtype).element_size()
 
@@ -71,3 +72,11 @@ def plan_rows(section: schema.Train, config: Any, max_length: int, dtype: torch.
     if section.micro_batch_tokens != "auto":
         return RowPlan(section.micro_batch_tokens, recompute)
     return RowPlan(max(low, min(high, fits(recompute))), recompute)
+
+
+def keep_automatic(section: schema.Train, now: RowPlan, before: RowPlan) -> RowPlan:
+    """Return the plan to resume with: what `auto` chose before stays, since the free memory may differ now."""
+    return RowPlan(
+        before.row_tokens if section.micro_batch_tokens == "auto" else now.row_tokens,
+        before.recompute if section.recompute == "auto" else now.recompute,
+    )

@@ -169,9 +169,10 @@ def _wrong(detail: ErrorDetails, key: Key, written: Written) -> str:
     remedy = _nearest(detail, key, value)
     if not remedy:
         remedy = f" The default is {default}." if default and default != "none" else about
-    # A list's own items are named by the words; `(a list)` would add nothing.
-    value_shown = "" if isinstance(value, list) and value else f" ({shown(value)})"
-    return f"{_what(detail)}{value_shown}.{remedy}"
+    words = _what(detail)
+    # A list's own items are named by the words, and so is what they quote; of an empty value there is nothing to show.
+    said = isinstance(value, list) or shown(value) == "" or (isinstance(value, str) and repr(value) in words)
+    return f"{words}{'' if said else f' ({shown(value)})'}.{remedy}"
 
 
 def _inside(key: Key) -> str:

@@ -222,17 +222,43 @@ def apply_overrides(written: Written, overrides: Sequence[str]) -> None:
     for order, override in enumerate(overrides, start=last + 1):
         name, equals, text = override.partition("=")
         where = f"{shown(f'{name}=...' if _SECRET.search(name) else override)} (command line)"
-        parts = name.strip().split(".")
+        parts = re.sub(r"\[(\d+)\]", r".\1", name.strip()).split(".")
         if not equals or not all(parts):
             written.problems.append(
                 (order, f"{where}: is not an override. Write it as key=value, such as train.seed=1.")
             )
             continue
-        key, words = _set(written.values, parts)
+        key, words = _set(written.values, _into_sources(written.values, parts))
         if words is None:
             words = _set_value(written, key, text, Place(where, order, key))
         if words is not None:
             written.problems.append((order, f"{where}: {words}"))
+
+
+def _into_sources(values: dict[str, Any], parts: list[str]) -> list[str]:
+    """Make way for `data.train.0.limit` and its like: a path becomes the source that it is short for.
+
+    A single source counts as a list of one; the parts that lead to the key are returned.
+    """
+    data = values.get("data")
+    if len(parts) < 3 or parts[0] != "data" or parts[1] not in ("train", "eval") or not isinstance(data, dict):
+        return parts
+    listed = data.get(parts[1])
+    if _is_path(listed):
+        data[parts[1]] = listed = {"path": listed}
+    index = int(parts[2]) if parts[2].isascii() and parts[2].isdecimal() else None
+    if isinstance(listed, dict) and index == 0:
+        return [*parts[:2], *parts[3:]]
+    if isinstance(listed, dict) and index is not None:
+        data[parts[1]] = listed = [listed]
+    if isinstance(listed, list) and len(parts) > 3 and index is not None and index < len(listed):
+        listed[index] = {"path": listed[index]} if _is_path(listed[index]) else listed[index]
+    return parts
+
+
+def _is_path(value: Any) -> bool:
+    """Whether a value of data.train or data.eval is neither a fraction nor none."""
+    return isinstance(value, str) and not re.fullmatch(r"[-+.\d]+(e[-+]?\d+)?|none|true|false|", value, re.IGNORECASE)
 
 
 def _set(values: dict[str, Any], parts: list[str]) -> tuple[Key, str | None]:

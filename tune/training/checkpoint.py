@@ -57,6 +57,12 @@ class TrainingState:
     """Length of the schedule that the learning rate follows."""
     data_fingerprint: str = ""
     """Of the encoded training and held-out examples."""
+    base_fingerprint: str = ""
+    """Of the base's files."""
+    row_tokens: int = 0
+    """Longest row, so that an automatic choice is made once for the whole run."""
+    recompute: bool = False
+    """Whether activations are computed again in the backward."""
 
 
 def machine() -> dict[str, Any]:
@@ -70,6 +76,7 @@ def machine() -> dict[str, Any]:
         "machine": gpu or platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "processes": torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1,
         "versions": {
             "tune": tune.__version__,
             "python": platform.python_version(),
@@ -84,7 +91,7 @@ def machine() -> dict[str, Any]:
 def machine_differences(saved: dict[str, Any]) -> list[str]:
     """Say each way in which this machine differs from the one a checkpoint was written on."""
     now, differences = machine(), []
-    for key in ("machine", "cpu_capability", "threads"):
+    for key in ("machine", "cpu_capability", "threads", "processes"):
         if saved.get(key) != now[key]:
             differences.append(f"{key} was {saved.get(key)}, is {now[key]}")
     for name, version in now["versions"].items():
@@ -138,6 +145,13 @@ def prune(run: RunFolder, keep: int, best_step: int | None) -> None:
     for step in run.steps()[:-keep]:
         if step != best_step:
             shutil.rmtree(run.checkpoint(step))
+
+
+def forget_after(run: RunFolder, step: int) -> None:
+    """Remove the checkpoints beyond `step`, where the run goes on: damaged ones, or another course's."""
+    for number in run.steps():
+        if number > step:
+            shutil.rmtree(run.checkpoint(number))
 
 
 def newest_whole(run: RunFolder) -> tuple[int | None, list[int]]:

@@ -40,6 +40,8 @@ class Devices:
         self.rank = self.accelerator.process_index
         self.count = self.accelerator.num_processes
         self.device: torch.device = self.accelerator.device
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         asked = os.environ.get("WORLD_SIZE", "1")
         if asked != str(self.count):
             raise RunError(

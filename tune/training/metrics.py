@@ -13,7 +13,7 @@ from typing import IO, Any
 import torch
 
 from tune.errors import RecipeError, RunError
-from tune.folder import RunFolder, write_file
+from tune.folder import RunFolder, explain_os_errors, write_file
 from tune.recipe.schema import Recipe
 from tune.training.devices import Devices
 
@@ -33,10 +33,13 @@ class Metrics:
         """Open the log at `step`: what a killed process wrote beyond its last checkpoint is dropped."""
         self._file: IO[str] | None = None
         self._trackers: list[Any] = []
-        if devices.is_main:
+        devices.first(lambda: self._open(run, recipe, step))
+
+    def _open(self, run: RunFolder, recipe: Recipe, step: int) -> None:
+        with explain_os_errors(run.root, "go on with --resume"):
             _keep_until(run, step)
             self._file = open(run.metrics, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
-            self._trackers = _trackers(run, recipe)
+        self._trackers = _trackers(run, recipe)
 
     def write(self, metrics: dict[str, Any]) -> None:
         """Append one step; numbers that JSON has no word for become null."""

@@ -12,7 +12,7 @@ from tune.errors import RunError
 from tune.folder import RunFolder
 from tune.recipe.load import load_recipe
 from tune.recipe.schema import Recipe
-from tune.training.checkpoint import machine_differences, newest_whole, read_state
+from tune.training.checkpoint import TrainingState, machine_differences, newest_whole, read_state
 from tune.training.progress import Progress
 
 MAY_CHANGE = (
@@ -51,11 +51,17 @@ def check_same(run: RunFolder, recipe: Recipe) -> bool:
     return longer
 
 
-def find_checkpoint(run: RunFolder, data_fingerprint: str, progress: Progress) -> int | None:
-    """Return the step to go on from, or None for the start, and say what is used and what differs.
+def find_checkpoint(run: RunFolder, data: str, base: str, progress: Progress) -> TrainingState | None:
+    """Return the state to go on from, or None for the start, and say what is used and what differs.
+
+    Args:
+        run: the run.
+        data: fingerprint of the encoded examples as they are now.
+        base: fingerprint of the base's files as they are now.
+        progress: hears which checkpoint is used.
 
     Raises:
-        RunError: the encoded examples are not those the run was started with.
+        RunError: data or base are not those the run was started with.
     """
     step, damaged = newest_whole(run)
     for number in damaged:
@@ -64,18 +70,19 @@ def find_checkpoint(run: RunFolder, data_fingerprint: str, progress: Progress) -
         progress.line(f"resume from step 0: {'no undamaged checkpoint' if damaged else 'no checkpoint yet'}")
         return None
     state, saved = read_state(run.checkpoint(step))
-    if state.data_fingerprint != data_fingerprint:
-        raise RunError(
-            f"{run.root}: the data has changed since this run began (fingerprint was {state.data_fingerprint[:12]}, "
-            f"is {data_fingerprint[:12]}). Put the old files back, or start anew with another output."
-        )
+    for name, before, now in (("data", state.data_fingerprint, data), ("base", state.base_fingerprint, base)):
+        if before != now:
+            raise RunError(
+                f"{run.root}: the {name} has changed since this run began (fingerprint was {before[:12]}, is "
+                f"{now[:12]}). Put the old files back, or start anew with another output."
+            )
     progress.line(f"resume from step {step}")
     differences = machine_differences(saved)
     if differences:
         progress.warn(
             f"not the machine this run began on ({'; '.join(differences)}): it will not end bit for bit the same"
         )
-    return step
+    return state
 
 
 def _grows(key: str, before: Any, after: Any) -> bool:

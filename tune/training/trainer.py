@@ -22,7 +22,7 @@ from peft import PeftModel
 from tune.adapters.lora import adapter_parameters
 from tune.data.batches import Order, deal
 from tune.data.encode import Examples
-from tune.errors import StoppedError, UntrustworthyError
+from tune.errors import RunError, StoppedError, UntrustworthyError
 from tune.evaluation.loss import held_out_loss, rows_of
 from tune.folder import RunFolder
 from tune.planning.memory import RowPlan
@@ -45,6 +45,7 @@ class Job:
     train: Examples
     held_out: Examples | None
     data_fingerprint: str
+    base_fingerprint: str
     packs: bool
     rows: RowPlan
     devices: Devices
@@ -55,7 +56,11 @@ class Trainer:
     """Trains one adapter from a given state to the end of its schedule."""
 
     def __init__(self, job: Job, resume_step: int | None) -> None:
-        """Build optimizer, schedule and order; with `resume_step`, put back that checkpoint."""
+        """Build optimizer, schedule and order; with `resume_step`, put back that checkpoint.
+
+        Raises:
+            RunError: the training would be shorter than the one it goes on with.
+        """
         self.job = job
         train, data = job.recipe.train, job.recipe.data
         self.order = Order(
@@ -70,10 +75,16 @@ class Trainer:
         if resume_step is not None:
             folder = job.run.checkpoint(resume_step)
             self.state = restore_checkpoint(folder, job.model, self.optimizer, self.named)
+            if self.total < self.state.total_steps:
+                raise RunError(
+                    f"{job.run.root}: train.epochs and train.max_steps may only grow on --resume (they make "
+                    f"{self.total} steps, were {self.state.total_steps}). Put them back, or start anew."
+                )
             if self.state.total_steps != self.total:
                 job.progress.line(f"schedule {self.total} steps, was {self.state.total_steps}: derived again")
         self.state.total_steps = self.total
-        self.state.data_fingerprint = job.data_fingerprint
+        self.state.data_fingerprint, self.state.base_fingerprint = job.data_fingerprint, job.base_fingerprint
+        self.state.row_tokens, self.state.recompute = job.rows.row_tokens, job.rows.recompute
         self.scheduler = build_scheduler(train, self.optimizer, self.total, self.state.step)
         self.network: Any = job.model.get_base_model()
         self._signal: int | None = None
@@ -96,6 +107,10 @@ class Trainer:
                     state.first_loss = state.last_loss = self._evaluate()
                     state.first_eval_done = True
                     job.progress.evaluation(0, state.first_loss, best=False)
+                if state.step < self.total and self._out_of_patience():
+                    job.progress.warn(
+                        f"patience ended this run at step {state.step}; more steps do not go on from there"
+                    )
                 while state.step < self.total and not self._out_of_patience():
                     entry = self._one_step()
                     if self._due(train.eval_every) and job.held_out is not None:
@@ -206,12 +221,14 @@ class Trainer:
 
     def _save(self) -> None:
         job, state = self.job, self.state
-        if job.devices.is_main:
+
+        def save() -> None:
             seed = job.recipe.train.seed
             save_checkpoint(job.run, state, job.model, self.optimizer, self.scheduler, self.named, seed)
             prune(job.run, job.recipe.train.keep, state.best_step)
             job.progress.checkpoint(state.step)
-        job.devices.wait()
+
+        job.devices.first(save)
 
     def _stop(self, number: int) -> None:
         name = signal.Signals(number).name

@@ -26,6 +26,10 @@ class Format(Protocol):
     def columns(self) -> tuple[str, ...]:
         """The columns that it knows, which `columns` of a source may rename."""
 
+    @property
+    def needs(self) -> str:
+        """The columns without which it reads nothing, in words."""
+
     def matches(self, row: dict[str, Any]) -> bool:
         """Whether a row has this format's columns; what they hold is for `parse` to judge."""
 

@@ -13,6 +13,7 @@ class Alpaca:
 
     name = "alpaca"
     columns = ("instruction", "input", "output", "system")
+    needs = "instruction and output, both text"
 
     def matches(self, row: dict[str, Any]) -> bool:
         """Whether a row has this format's columns."""

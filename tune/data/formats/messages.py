@@ -15,6 +15,7 @@ class Messages:
 
     name = "messages"
     columns = ("messages",)
+    needs = "messages, a list of {role, content}"
 
     def matches(self, row: dict[str, Any]) -> bool:
         """Whether a row has this format's columns."""

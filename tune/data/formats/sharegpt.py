@@ -27,6 +27,7 @@ class ShareGPT:
 
     name = "sharegpt"
     columns = ("conversations",)
+    needs = "conversations, a list of {from, value}"
 
     def matches(self, row: dict[str, Any]) -> bool:
         """Whether a row has this format's columns."""
