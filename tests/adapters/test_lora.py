@@ -147,6 +147,17 @@ def test_the_gate_finds_a_layer_that_stayed_unquantised_or_unadapted(base_path: 
         check_coverage(base.model, claimed, "nf4")
 
 
+def test_the_gate_finds_weights_that_are_no_linear_layer(base_path: Path) -> None:
+    """Experts by any name: what would stay in 16 bit under a model that calls itself 4-bit."""
+    base = load(base_path)
+    section = schema.Adapter(rank=4)
+    claimed = resolve_targets(section, base, "tiny")
+    attach(base, section, "tiny", seed=0)
+    base.model.model.layers[0].mlp.experts = torch.nn.ParameterDict({"up": torch.nn.Parameter(torch.zeros(4, 8, 8))})
+    with pytest.raises(ModelError, match=r"experts.*layers\.0\.mlp\.experts\.up"):
+        check_coverage(base.model, claimed, "nf4")
+
+
 def test_coverage_counts_the_bytes_that_are_stored(base_path: Path) -> None:
     base = load(base_path)
     section = schema.Adapter(rank=4)

@@ -6,8 +6,10 @@ import json
 
 import numpy as np
 import pytest
+import yaml
 
 from tests.data.conftest import fixture_path
+from tune.data.batches import Order
 from tune.data.encode import Examples
 from tune.data.held_out import hold_out
 from tune.data.load import load_data
@@ -175,7 +177,117 @@ def test_rows_with_nothing_to_train_on_are_refused_or_dropped(recipe, tokenizer)
     assert (len(data.train), data.report.sources[0].dropped_untrained) == (1, 1)
     assert data.report.sources[0].truncated == 0
     left = problems(recipe(("a.jsonl", rows[1:]), max_length=limit, on_bad="drop"), tokenizer)
-    assert left == ["data.train: no row is left, since all were dropped. See on_bad and on_long in the recipe."]
+    assert left == [
+        "data.train: no row is left (dropped: 1 whose prompt alone is longer than data.max_length 250). "
+        f"Raise data.max_length; the longest row has {data.report.sources[0].length_max} tokens."
+    ]
+
+
+def test_what_became_of_the_rows_is_said_when_none_is_left(recipe, tokenizer):
+    silent = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]}]
+    rows = [*silent, *silent, {"messages": []}]
+    options = {"template": "vicuna", "on_bad": "drop"}
+    assert problems(recipe(("a.jsonl", rows), **options), tokenizer) == [
+        "data.train: no row is left (dropped: 2 with nothing to train on, 1 that cannot be used). "
+        "Without data.on_bad: drop, the first of them are shown."
+    ]
+    long = problems(recipe(("a.jsonl", alpaca(1, 2)), max_length=8, on_long="drop"), tokenizer)
+    assert long[0].startswith("data.train: no row is left (dropped: 2 longer than data.max_length 8). Raise data.max_")
+
+
+def test_lengths_are_those_before_the_cut(recipe, tokenizer):
+    rows = [{"instruction": "x", "output": "a " * n} for n in range(1, 101)]
+    whole = load_data(recipe(("a.jsonl", rows)), tokenizer)
+    lengths = sorted(whole.train.lengths.tolist())
+    for on_long, truncated in (("truncate", 60), ("drop", 0)):
+        cut = load_data(recipe(("a.jsonl", rows), max_length=lengths[39], on_long=on_long), tokenizer)
+        source = cut.report.sources[0]
+        assert (source.length_p50, source.length_p95, source.length_max) == (lengths[49], lengths[94], lengths[99])
+        assert source.truncated == truncated
+    cut = load_data(recipe(("a.jsonl", rows), max_length=lengths[39]), tokenizer)
+    assert cut.report.warnings()[0].endswith(
+        f"60% of the examples are cut at data.max_length ({lengths[39]}). "
+        f"data.max_length={lengths[94]} would keep 95% whole."
+    )
+    kept = load_data(recipe(("a.jsonl", rows), max_length=lengths[94]), tokenizer)
+    assert (kept.train.cut.sum(), kept.report.sources[0].truncated) == (5, 5)
+
+
+def test_rows_of_one_line_are_counted_each(recipe, tokenizer, tmp_path):
+    rows = [*alpaca(1), {"instruction": "x", "output": "a " * 90}]
+    made = recipe(("a.json", None))
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    limit = int(load_data(made, tokenizer).train.lengths[1]) - 1
+    cut = load_data(recipe(("a.json", None), max_length=limit), tokenizer)
+    assert cut.train.where[0] == cut.train.where[1]
+    assert cut.train.cut.tolist() == [False, True]
+    assert cut.train.select(np.array([1])).cut.tolist() == [True]
+    assert cut.report.sources[0].truncated == 1
+
+
+def test_a_weight_that_leaves_no_row_is_refused(recipe, tokenizer):
+    one, other = ("a.jsonl", alpaca(1, 2, 3), {"weight": 0.1}), ("b.jsonl", alpaca(4, 5))
+    for sources, index in (((one,), 0), ((other, one), 1)):
+        (said,) = problems(recipe(*sources), tokenizer)
+        assert said.startswith(f"data.train[{index}].weight: leaves none of its 3 examples in an epoch (0.1). ")
+        least = float(said.partition("at least ")[2].partition(",")[0])
+        assert said.endswith("a.jsonl.")
+        mended = recipe(*sources[:-1], ("a.jsonl", alpaca(1, 2, 3), {"weight": least}))
+        order = Order(load_data(mended, tokenizer).train.source, tuple(s.weight for s in mended.data.train), 8, 0)
+        assert order.epoch_length == 2 * index + 1
+    load_data(recipe(("a.jsonl", alpaca(1, 2, 3), {"weight": 0.2})), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"question": "x", "answer": "y"}, "{instruction: question, output: answer}"),
+        ({"prompt": "x", "response": "y"}, "{instruction: prompt, output: response}"),
+        ({"Prompt": "x", "completion": "y"}, "{instruction: Prompt, output: completion}"),
+        ({"instruction": "x", "response": "y"}, "{output: response}"),
+        ({"question": "x", "context": "c", "answer": "y"}, "{instruction: question, output: answer, input: context}"),
+        ({"dialog": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}, "{messages: dialog}"),
+        ({"turns": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}, "{conversations: turns}"),
+    ],
+)
+def test_the_map_of_columns_that_is_near_is_shown_and_works(recipe, tokenizer, row, columns):
+    (said,) = problems(recipe(("a.jsonl", [row])), tokenizer)
+    assert f"Try columns: {columns} of the source." in said
+    assert "Formats: messages needs messages, a list of {role, content}; sharegpt needs conversations" in said
+    mended = recipe(("a.jsonl", [row], {"columns": yaml.safe_load(columns)}), template="vicuna")
+    assert len(load_data(mended, tokenizer).train) == 1
+
+
+def test_a_map_that_lacks_a_column_is_completed(recipe, tokenizer):
+    rows = [{"question": "x", "answer": "y"}]
+    for options in ({}, {"format": "alpaca"}):
+        (said,) = problems(recipe(("a.jsonl", rows, {"columns": {"output": "answer"}, **options})), tokenizer)
+        assert "Try columns: {output: answer, instruction: question} of the source." in said
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("oasst-human-assistant.jsonl", "column 'input' holds whole transcripts ('### Human:'), which are not read in"),
+        ("self-instruct-seed-tasks.jsonl", "column 'instances' holds several answers in one row, which are not read"),
+        ("koala_test_set.jsonl", "Set format: and columns: of the source"),
+    ],
+)
+def test_rows_of_other_kinds_are_named_plainly(recipe, tokenizer, name, words):
+    made = load_recipe({"model": {"base": "x"}, "data": {"train": str(fixture_path(f"data/{name}"))}, "output": "x"})
+    assert words in problems(made, tokenizer)[0]
+
+
+def test_a_path_keeps_its_letters_and_a_sentence_one_full_stop(recipe, tokenizer):
+    turns = [{"role": "usr", "content": "x"}, {"role": "assistant", "content": "y"}]
+    (said,) = problems(recipe(("s.jsonl", [{"messages": turns}])), tokenizer)
+    assert "/s.jsonl:1: turn 1: unknown role 'usr'; roles here are system, user, assistant, tool. Did you mean" in said
+    assert "The first: /" in said
+    assert ".." not in said
+    assert "?." not in said
+    (said,) = problems(recipe(("s.jsonl", [3])), tokenizer)
+    assert ": none of its rows (1) can be read. The first: /" in said
+    assert said.endswith("s.jsonl:1: is no object but 3.")
 
 
 def test_held_out_examples_stay_held_out_when_rows_are_added(recipe, tokenizer):

@@ -113,6 +113,13 @@ def test_a_missing_file_is_never_looked_up_on_the_hub(monkeypatch):
     assert "there is no such file" in refused("data/absent.parquet")
 
 
+@pytest.fixture
+def hub_answers(monkeypatch):
+    """The first question to the hub is answered, so that the libraries above go on to load."""
+    monkeypatch.setattr("tune.data.sources.refused_at_once", lambda *args: None)
+
+
+@pytest.mark.usefixtures("hub_answers")
 def test_hub_rows_say_their_index_and_options_are_passed_on(monkeypatch):
     import datasets
 
@@ -140,6 +147,7 @@ def test_a_local_path_wins_over_a_hub_id(tmp_path, monkeypatch):
     assert "is a folder" in refused("owner/name")
 
 
+@pytest.mark.usefixtures("hub_answers")
 @pytest.mark.parametrize(
     ("kind", "text", "said"),
     [
@@ -171,3 +179,53 @@ def test_what_is_wrong_on_the_hub_is_said(monkeypatch, kind, text, said):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert said in refused("o/n", revision="v9")
+
+
+@pytest.fixture
+def hub_out_of_reach(tmp_path, monkeypatch):
+    """No network: the one question fails, and nothing else may be asked but of the cache."""
+    import datasets
+    import huggingface_hub
+
+    class ConnectError(Exception):
+        pass
+
+    def ask(self, *args, **options):
+        assert options["timeout"] == 10
+        raise ConnectError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", ask)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    loaded = []
+
+    def load_dataset(path, **options):
+        loaded.append(path)
+        return datasets.Dataset.from_list([{"q": "1"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return loaded
+
+
+def test_without_network_a_data_set_is_refused_at_once(hub_out_of_reach):
+    assert refused("owner/name") == (
+        "data: owner/name is neither here nor in the cache, and the Hub cannot be reached (no network, or "
+        "HF_HUB_OFFLINE is set). Check the name, or go online once to fetch it."
+    )
+    assert hub_out_of_reach == []
+
+
+@pytest.mark.parametrize("cached", ["hub/datasets--owner--MyName/snapshots", "datasets/owner___my_name"])
+def test_without_network_the_cache_is_read(hub_out_of_reach, tmp_path, cached):
+    (tmp_path / cached).mkdir(parents=True)
+    assert len(read("owner/MyName")) == 1
+    assert hub_out_of_reach == ["owner/MyName"]
+
+
+def test_a_column_that_no_row_has_is_refused_by_its_key(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"question": "x", "answer": "y"}\n{"question": "x", "hint": "h"}\n')
+    assert refused(path, columns={"instruction": "question", "output": "answr"}) == (
+        f"{path}: columns.output: there is no column 'answr'. It has: question, answer, hint. Did you mean 'answer'?"
+    )
+    assert len(read(path, columns={"output": "answer", "input": "hint"})) == 2

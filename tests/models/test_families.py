@@ -21,7 +21,8 @@ from tune.adapters.lora import (
 )
 from tune.errors import ModelError
 from tune.models.catalog import FAMILIES
-from tune.models.load import load_base
+from tune.models.hub import fingerprint_base, read_config
+from tune.models.load import check_length, load_base
 from tune.recipe import schema
 
 DENSE = [name for name, family in FAMILIES.items() if not family.experts]
@@ -115,3 +116,35 @@ def test_a_model_that_scales_its_logits_is_refused_and_its_plain_twin_is_not(tmp
     scaled = write_model(tmp_path / "scaled", "granite", logits_scaling=8.0, **sizes)
     with pytest.raises(ModelError, match=r"granite.*scales or caps its logits"):
         load_base(schema.Model(base=str(scaled), dtype="float32"), torch.device("cpu"))
+
+
+def test_the_bases_own_dropout_is_off(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "base", "mistral", attention_dropout=0.5)
+    model = load_base(schema.Model(base=str(path), dtype="float32"), torch.device("cpu")).model.train()
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("kind", "longest", "refused"), [("dynamic", 65, True), ("dynamic", 64, False), ("yarn", 65, False)]
+)
+def test_examples_that_would_change_others_through_their_positions_are_refused(
+    tmp_path: Path, kind: str, longest: int, refused: bool
+) -> None:
+    rope = {"rope_type": kind, "factor": 4.0, "rope_theta": 10000.0}
+    path = write_model(tmp_path / "base", "llama", rope_parameters=rope, max_position_embeddings=64)
+    config = read_config(str(path))
+    if refused:
+        with pytest.raises(ModelError, match=r"data\.max_length: 64"):
+            check_length(config, "base", longest)
+    else:
+        check_length(config, "base", longest)
+
+
+def test_a_base_is_told_from_another_by_its_weights(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "base", "mistral")
+    before = fingerprint_base(str(path))
+    assert fingerprint_base(str(path)) == before
+    write_model(path, "mistral", seed=1)
+    assert fingerprint_base(str(path)) != before

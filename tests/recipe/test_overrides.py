@@ -67,7 +67,10 @@ def test_later_ones_win_and_lists_are_reached_by_number(recipe: str) -> None:
         ("adapter.targets=!!set {a}", "the value: a YAML tag has no meaning in a recipe (!!set). Remove it."),
         ("data.train.7.limit=1", "data.train has no item 7. It is a list of 2, counted from 0."),
         ("data.train.path=x", "data.train has no item path."),
-        ("data.train.0.limit=1", "data.train[0] is a value and has no keys (a.jsonl). Set it as a whole."),
+        ("data.train[2].limit=1", "data.train has no item 2. It is a list of 2, counted from 0."),
+        ("data.train[0].limt=1", "is not a key of data.train[0]. Did you mean 'limit'?"),
+        ("model.base=''", "must not be empty. The base model"),
+        ("adapter.targets=all", "has no word 'all': write [attention, mlp], which is every linear layer of a block. "),
         ("model.base.x=1", "model.base is a value and has no keys (some/model). Set it as a whole."),
         ("seed", "is not an override. Write it as key=value, such as train.seed=1."),
         ("=3", "is not an override."),
@@ -95,6 +98,28 @@ def test_file_and_command_line_are_reported_together(recipe: str) -> None:
         "train.keep=0 (command line): must be at least 1 (0). The default is 3.",
         "nonsense (command line): is not an override. Write it as key=value, such as train.seed=1.",
     ]
+
+
+@pytest.mark.parametrize("override", ["data.train[0].limit=3", "data.train.0.limit=3"])
+@pytest.mark.parametrize("written", ["a.jsonl", ["a.jsonl"], {"path": "a.jsonl"}, [{"path": "a.jsonl"}]])
+def test_a_key_inside_a_source_however_the_source_is_written(written: Any, override: str) -> None:
+    mapping = {"model": {"base": "x"}, "data": {"train": written, "eval": written}}
+    read = load_recipe(mapping, [override, override.replace("train", "eval").replace("3", "4")])
+    assert isinstance(read.data.eval, tuple)
+    assert [(source.path, source.limit) for source in read.data.train] == [("a.jsonl", 3)]
+    assert [(source.path, source.limit) for source in read.data.eval] == [("a.jsonl", 4)]
+
+
+def test_a_bare_path_is_a_list_of_one_source(recipe: str) -> None:
+    mapping = {"model": {"base": "x"}, "data": {"train": "a.jsonl", "eval": "0.1"}}
+    assert load_recipe(mapping, ["data.train.limit=3"]).data.train[0].limit == 3
+    for override, words in (
+        ("data.train[1].limit=3", "data.train has no item 1. It is a list of 1, counted from 0."),
+        ("data.eval[0].limit=3", "data.eval is a value and has no keys (0.1). Set it as a whole."),
+    ):
+        with pytest.raises(RecipeError) as caught:
+            load_recipe(mapping, [override])
+        assert caught.value.problems == [f"{override} (command line): {words}"]
 
 
 def test_a_mapping_is_not_changed() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.training.jobs import tiny_recipe
+from tests.training.jobs import tiny_recipe, write_rows
 from tests.training.processes import fork, wait, wait_until
 from tune.cli.main import _run
 from tune.errors import RunError
@@ -195,3 +195,44 @@ def test_only_the_newest_checkpoints_and_the_best_are_kept(tmp_path: Path) -> No
     recipe = tiny_recipe(tmp_path, train__max_steps=9, train__save_every=1, train__keep=2)
     train(recipe)
     assert RunFolder(tmp_path / "run").steps() == [8, 9]
+
+
+def test_a_changed_base_is_refused_on_resume(tmp_path: Path) -> None:
+    from tests.tiny import write_model
+
+    train(tiny_recipe(tmp_path, train__max_steps=2))
+    write_model(tmp_path / "base", "mistral", seed=1)
+    with pytest.raises(RunError, match="the base has changed"):
+        train(tiny_recipe(tmp_path, train__max_steps=4), resume=True)
+
+
+def test_damaged_checkpoints_beyond_the_resumed_one_are_removed(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, train__max_steps=9, train__keep=3)
+    train(recipe)
+    run = RunFolder(tmp_path / "run")
+    expected = adapter(run.root)
+    run.finished.unlink()
+    for step in (6, 9):
+        (run.checkpoint(step) / "adapter_model.safetensors").write_bytes(b"")
+    train(recipe, resume=True)
+    assert adapter(run.root) == expected
+    assert run.steps() == [3, 6, 9]
+
+
+def test_a_damaged_best_checkpoint_is_not_handed_out(tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.jsonl", 8)
+    write_rows(tmp_path / "eval.jsonl", 8, start=100)
+    changes = {
+        "data__eval": [str(tmp_path / "eval.jsonl")],
+        "train__eval_every": 4,
+        "train__max_steps": 40,
+        "train__learning_rate": 0.05,
+        "train__scheduler": "constant",
+    }
+    result = train(tiny_recipe(tmp_path, **changes))
+    assert result.adapter_step < 40, "the case does not show what it should"
+    run = RunFolder(tmp_path / "run")
+    run.finished.unlink()
+    (run.checkpoint(result.adapter_step) / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(RunError, match="damaged or gone"):
+        train(tiny_recipe(tmp_path, **changes), resume=True)
