@@ -82,7 +82,7 @@ def _train_locked(recipe: Recipe, resume: bool, run: RunFolder, devices: Devices
     from tune.data.load import load_data
     from tune.data.tokenizer import load_tokenizer
     from tune.models.hub import fingerprint_base, read_config
-    from tune.models.load import check_length, check_supported, check_vocabulary, load_base
+    from tune.models.load import check_length, check_supported, check_vocabulary, load_base, recompute_activations
     from tune.planning.memory import RowPlan, keep_automatic, plan_rows
     from tune.training.metrics import check_trackers
     from tune.training.optimizer import check_optimizer
@@ -95,8 +95,6 @@ def _train_locked(recipe: Recipe, resume: bool, run: RunFolder, devices: Devices
         progress.line("resume from step 0: there is no run yet")
     check_optimizer(recipe.train, devices.device)
     check_trackers(recipe.tracking.to)
-    begins = not (resume and run.steps())
-    start = find_start(recipe.adapter.start_from) if recipe.adapter.start_from is not None and begins else None
     check_supported(model, read_config(model.base, model.revision, model.trust_remote_code))
     tokenizer = load_tokenizer(model.base, revision=model.revision, trust_remote_code=model.trust_remote_code)
     with progress.phase("reading data") as advance:
@@ -112,6 +110,7 @@ def _train_locked(recipe: Recipe, resume: bool, run: RunFolder, devices: Devices
         if finished is not None and not longer:
             return _already(run, finished)
         state = find_checkpoint(run, data.fingerprint, base_fingerprint, progress)
+    start = find_start(recipe.adapter.start_from) if recipe.adapter.start_from is not None and state is None else None
     devices.wait()  # nobody changes the folder while another process still reads it
 
     with progress.phase("loading the base"):
@@ -119,7 +118,7 @@ def _train_locked(recipe: Recipe, resume: bool, run: RunFolder, devices: Devices
     check_vocabulary(base, model.base, max(int(part.ids.max()) for part in (data.train, data.eval) if part is not None))
     claimed = resolve_targets(recipe.adapter, base, model.base)
     adapted = attach(base, recipe.adapter, model.base, recipe.train.seed)
-    if start is not None and state is None:
+    if start is not None:
         read_adapter(start, adapted)
     coverage = check_coverage(base.model, claimed, model.quantization)
     longest = max(int(part.lengths.max()) for part in (data.train, data.eval) if part is not None)
@@ -128,8 +127,7 @@ def _train_locked(recipe: Recipe, resume: bool, run: RunFolder, devices: Devices
     if state is not None:
         rows = keep_automatic(recipe.train, rows, RowPlan(state.row_tokens, state.recompute))
     if rows.recompute:
-        base.model.gradient_checkpointing_enable({"use_reentrant": False})
-        base.model.enable_input_require_grads()
+        recompute_activations(base.model)
     job = Job(
         recipe,
         run,

@@ -14,13 +14,14 @@ from tune.adapters.lora import adapter_parameters, attach
 from tune.data.load import load_data
 from tune.data.tokenizer import load_tokenizer
 from tune.evaluation.loss import held_out_loss, rows_of
-from tune.models.load import load_base
+from tune.models.load import load_base, recompute_activations
 from tune.run import train
 from tune.training.step import row_loss
 
 
 def relative(ours: torch.Tensor, reference: torch.Tensor) -> float:
-    return float((ours.double() - reference.double()).norm() / reference.double().norm())
+    ours, reference = ours.detach().double(), reference.detach().double()
+    return float((ours - reference).norm() / reference.norm())
 
 
 def gradients(recipe: Any, row_tokens: int, packed: bool, recompute: bool = False) -> dict[str, torch.Tensor]:
@@ -32,8 +33,7 @@ def gradients(recipe: Any, row_tokens: int, packed: bool, recompute: bool = Fals
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
     if recompute:
-        base.model.gradient_checkpointing_enable({"use_reentrant": False})
-        base.model.enable_input_require_grads()
+        recompute_activations(base.model)
     base.model.train()
     chosen = list(range(16))
     trained = int(data.train.trained_counts[chosen].sum())

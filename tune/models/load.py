@@ -166,6 +166,14 @@ def _keep_weights_packed(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def recompute_activations(model: Any) -> None:
+    """Let every decoder layer compute its activations again in the backward, without reentrance."""
+    # transformers renamed it on the way from 5.17 to 5.23.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+
+
 def _switch_dropout_off(model: torch.nn.Module) -> None:
     """The base is frozen: dropout of its own would only make a step depend on how it is split into rows."""
     for module in model.modules():
