@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.training.jobs import tiny_recipe
+from tests.training.jobs import tiny_recipe, write_rows
 from tests.training.processes import fork, wait
 from tune.cli.main import _run
 from tune.run import train
+from tune.training import trainer
 
 
 def free_port() -> int:
@@ -25,7 +28,8 @@ def free_port() -> int:
 
 
 def relative(ours: torch.Tensor, reference: torch.Tensor) -> float:
-    return float((ours.double() - reference.double()).norm() / reference.double().norm())
+    ours, reference = ours.detach().double(), reference.detach().double()
+    return float((ours - reference).norm() / reference.norm())
 
 
 def launch(arguments: list[str], count: int, log: Path) -> list[int]:
@@ -77,6 +81,67 @@ def test_a_process_without_an_example_takes_part(tmp_path: Path) -> None:
     tiny_recipe(tmp_path, output=tmp_path / "two", train__batch_size=1, train__max_steps=4)
     assert launch(["train", str(tmp_path / "recipe.yaml")], 2, tmp_path / "log") == [0, 0]
     compare(tmp_path / "one", tmp_path / "two")
+
+
+def logged(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_processes_share_the_evaluation_and_the_first_alone_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain_loss, plain_replace = trainer.row_loss, os.replace
+
+    def note(kind: str, what: Any) -> None:
+        with open(tmp_path / f"{kind}.{os.environ.get('RANK', 'alone')}", "a") as file:
+            file.write(f"{what}\n")
+
+    def row_loss(model: Any, row: Any) -> torch.Tensor:
+        note("evaluated", len(row.labels_N))
+        return plain_loss(model, row)
+
+    def replace(source: Any, target: Any) -> None:
+        note("written", target)
+        plain_replace(source, target)
+
+    monkeypatch.setattr(trainer, "row_loss", row_loss)
+    monkeypatch.setattr(os, "replace", replace)
+    changes = {"train__max_steps": 4, "train__save_every": 2, "train__eval_every": 2}
+    changes["data__eval"] = [str(tmp_path / "eval.jsonl")]
+    train(tiny_recipe(tmp_path, output=tmp_path / "one", **changes))
+    tiny_recipe(tmp_path, output=tmp_path / "two", **changes)
+    log = tmp_path / "log"
+    assert launch(["train", str(tmp_path / "recipe.yaml")], 2, log) == [0, 0], log.with_suffix(".0").read_text()
+
+    one, two = (
+        {entry["step"]: entry["eval_loss"] for entry in logged(tmp_path / name) if "eval_loss" in entry}
+        for name in ("one", "two")
+    )
+    assert list(one) == [2, 4]
+    assert two == pytest.approx(one, rel=1e-5)
+    tokens = {
+        rank: sum(int(line) for line in (tmp_path / f"evaluated.{rank}").read_text().splitlines())
+        for rank in ("alone", "0", "1")
+    }
+    assert tokens["0"] + tokens["1"] == tokens["alone"]
+    assert min(tokens.values()) > 0
+    assert "step-000004" in (tmp_path / "written.0").read_text()
+    assert not (tmp_path / "written.1").exists(), (tmp_path / "written.1").read_text()
+
+
+def test_each_process_draws_dropout_masks_of_its_own(tmp_path: Path) -> None:
+    """Twice the same example, one for each process: with one mask for both, the step were that of a single one."""
+    write_rows(tmp_path / "train.jsonl", 1)
+    single = (tmp_path / "train.jsonl").read_text()
+    changes = {"train__max_steps": 1, "adapter__dropout": 0.3}
+    train(tiny_recipe(tmp_path, output=tmp_path / "one", train__batch_size=1, **changes))
+    (tmp_path / "train.jsonl").write_text(single * 2)
+    tiny_recipe(tmp_path, output=tmp_path / "two", train__batch_size=2, **changes)
+    assert launch(["train", str(tmp_path / "recipe.yaml")], 2, tmp_path / "log") == [0, 0]
+    (one,), (two,) = (logged(tmp_path / name) for name in ("one", "two"))
+    assert two["tokens"] == 2 * one["tokens"]
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    assert two["grad_norm"] != pytest.approx(one["grad_norm"], rel=1e-3)
 
 
 def test_what_the_first_process_refuses_ends_all(tmp_path: Path) -> None:
