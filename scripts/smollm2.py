@@ -277,7 +277,7 @@ def write_readme(folder: Path) -> None:
 def make(output: Path, wheel: Path | None) -> None:
     """Make `output` unless it is finished already; raises Refused or Wrong, and then leaves nothing behind."""
     if is_finished(output):
-        print(f"{output}: already made, using it as it is (delete the folder to make it again)")
+        print(f"{output}: already made from a dequantised GGUF, using it as it is (delete the folder to make it again)")
         return
     if output.exists():
         raise Refused(f"{output}: exists and is not a finished model folder. Delete it or choose another --output.")
