@@ -16,8 +16,12 @@ from tune.recipe.load import recipe_to_yaml
 from tune.recipe.schema import Recipe
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+
     from tune.adapters.coverage import Coverage
     from tune.data.load import Data
+    from tune.models.load import LoadedBase
+    from tune.planning.memory import RowPlan
     from tune.training.checkpoint import TrainingState
     from tune.training.devices import Devices
     from tune.training.progress import Progress
@@ -76,14 +80,11 @@ def train(recipe: Recipe, resume: bool = False, progress: Progress | None = None
 
 
 def _train_locked(recipe: Recipe, resume: bool, run: RunFolder, devices: Devices, progress: Progress) -> FinishedRun:
-    from tune.adapters.coverage import check_coverage
-    from tune.adapters.lora import attach, read_adapter, resolve_targets
     from tune.adapters.start import find_start
     from tune.data.load import load_data
     from tune.data.tokenizer import load_tokenizer
     from tune.models.hub import fingerprint_base, read_config
-    from tune.models.load import check_length, check_supported, check_vocabulary, load_base, recompute_activations
-    from tune.planning.memory import RowPlan, keep_automatic, plan_rows
+    from tune.models.load import check_supported
     from tune.training.metrics import check_trackers
     from tune.training.optimizer import check_optimizer
     from tune.training.resume import check_same, find_checkpoint
@@ -113,34 +114,9 @@ def _train_locked(recipe: Recipe, resume: bool, run: RunFolder, devices: Devices
     start = find_start(recipe.adapter.start_from) if recipe.adapter.start_from is not None and state is None else None
     devices.wait()  # nobody changes the folder while another process still reads it
 
-    with progress.phase("loading the base"):
-        base = load_base(model, devices.device)
-    check_vocabulary(base, model.base, max(int(part.ids.max()) for part in (data.train, data.eval) if part is not None))
-    claimed = resolve_targets(recipe.adapter, base, model.base)
-    adapted = attach(base, recipe.adapter, model.base, recipe.train.seed)
-    if start is not None:
-        read_adapter(start, adapted)
-    coverage = check_coverage(base.model, claimed, model.quantization)
-    longest = max(int(part.lengths.max()) for part in (data.train, data.eval) if part is not None)
-    check_length(base.config, model.base, longest)
-    rows = plan_rows(recipe.train, base.config, longest, base.model.dtype, devices.device)
-    if state is not None:
-        rows = keep_automatic(recipe.train, rows, RowPlan(state.row_tokens, state.recompute))
-    if rows.recompute:
-        recompute_activations(base.model)
-    job = Job(
-        recipe,
-        run,
-        adapted,
-        data.train,
-        data.eval,
-        data.fingerprint,
-        base_fingerprint,
-        base.packs,
-        rows,
-        devices,
-        progress,
-    )
+    base, adapted, coverage, rows = _adapt(recipe, data, state, start, devices, progress)
+    fingerprints = (data.fingerprint, base_fingerprint)
+    job = Job(recipe, run, adapted, data.train, data.eval, *fingerprints, base.packs, rows, devices, progress)
     trainer = Trainer(job, state.step if state is not None else None)
     devices.first(lambda: _begin(run, recipe, data, coverage, trainer.state.step))
     _tell(progress, data, coverage, base.attention, trainer)
@@ -149,6 +125,40 @@ def _train_locked(recipe: Recipe, resume: bool, run: RunFolder, devices: Devices
     result = _result(recipe, run, state, data.eval is not None, devices)
     devices.first(lambda: _finish(run, recipe, tokenizer, data.template, result))
     return result
+
+
+def _adapt(
+    recipe: Recipe,
+    data: Data,
+    state: TrainingState | None,
+    start: Path | None,
+    devices: Devices,
+    progress: Progress,
+) -> tuple[LoadedBase, PeftModel, Coverage, RowPlan]:
+    """Load the base, attach the adapter, and check both against recipe and data."""
+    from tune.adapters.coverage import check_coverage
+    from tune.adapters.lora import attach, read_adapter, resolve_targets
+    from tune.models.load import check_length, check_vocabulary, load_base, recompute_activations
+    from tune.planning.memory import RowPlan, keep_automatic, plan_rows
+
+    name = recipe.model.base
+    parts = [part for part in (data.train, data.eval) if part is not None]
+    longest = max(int(part.lengths.max()) for part in parts)
+    with progress.phase("loading the base"):
+        base = load_base(recipe.model, devices.device)
+    check_vocabulary(base, name, max(int(part.ids.max()) for part in parts))
+    check_length(base.config, name, longest)
+    claimed = resolve_targets(recipe.adapter, base, name)
+    adapted = attach(base, recipe.adapter, name, recipe.train.seed)
+    if start is not None:
+        read_adapter(start, adapted)
+    coverage = check_coverage(base.model, claimed, recipe.model.quantization)
+    rows = plan_rows(recipe.train, base.config, longest, base.model.dtype, devices.device)
+    if state is not None:
+        rows = keep_automatic(recipe.train, rows, RowPlan(state.row_tokens, state.recompute))
+    if rows.recompute:
+        recompute_activations(base.model)
+    return base, adapted, coverage, rows
 
 
 def _already(run: RunFolder, finished: dict[str, Any]) -> FinishedRun:
