@@ -246,8 +246,8 @@ def _finish(run: RunFolder, recipe: Recipe, tokenizer: Any, template: Any, resul
     chosen = run.checkpoint(result.adapter_step)
     if not whole(chosen):
         raise RunError(
-            f"{chosen}: the checkpoint to finish from is damaged or gone. Remove what is left of it; "
-            "--resume goes on from the one before."
+            f"{chosen}: the checkpoint to finish from is damaged or gone. Remove it and every later one; "
+            "--resume then goes on from the one before, and trains it again."
         )
     card = adapter_card(recipe, result.loss_before, result.loss_after, result.measured_on, result.adapter_step)
     with explain_os_errors(run.root, "finish with --resume"):

@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from tests.training.jobs import tiny_recipe, write_rows
 from tests.training.processes import fork, wait, wait_until
 from tune.cli.main import _run
-from tune.errors import RunError
+from tune.errors import ModelError, RunError
 from tune.folder import RunFolder
 from tune.run import train
+from tune.training.progress import Progress
 
 KILLS = int(os.environ.get("TUNE_SLOW_COUNT", "20"))
 
@@ -226,17 +227,35 @@ def test_a_changed_base_is_refused_on_resume(tmp_path: Path) -> None:
         train(tiny_recipe(tmp_path, train__max_steps=4), resume=True)
 
 
-def test_damaged_checkpoints_beyond_the_resumed_one_are_removed(tmp_path: Path) -> None:
-    recipe = tiny_recipe(tmp_path, train__max_steps=9, train__keep=3)
+def test_a_damaged_checkpoint_does_not_crowd_out_the_new_ones(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, train__max_steps=9, train__keep=1)
     train(recipe)
     run = RunFolder(tmp_path / "run")
     expected = adapter(run.root)
     run.finished.unlink()
-    for step in (6, 9):
-        (run.checkpoint(step) / "adapter_model.safetensors").write_bytes(b"")
-    train(recipe, resume=True)
+    (run.checkpoint(9) / "adapter_model.safetensors").write_bytes(b"")
+    kept: list[tuple[int, list[int]]] = []
+
+    class Listener(Progress):
+        def checkpoint(self, step: int) -> None:
+            kept.append((step, run.steps()))
+
+    train(recipe, resume=True, progress=Listener())
+    assert kept == [(3, [3]), (6, [6]), (9, [9])]
     assert adapter(run.root) == expected
-    assert run.steps() == [3, 6, 9]
+
+
+def test_a_training_may_not_become_shorter_by_another_key(tmp_path: Path) -> None:
+    train(tiny_recipe(tmp_path, train__max_steps=20))
+    with pytest.raises(RunError, match=r"may only grow .*they make 15 steps, were 20"):
+        train(tiny_recipe(tmp_path, train__max_steps=None, train__epochs=3), resume=True)
+
+
+def test_a_run_refused_before_it_began_leaves_nothing(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, output=tmp_path / "new" / "run", adapter__targets=["q_prj"])
+    with pytest.raises(ModelError):
+        train(recipe)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_damaged_best_checkpoint_is_not_handed_out(tmp_path: Path) -> None:
@@ -254,5 +273,11 @@ def test_a_damaged_best_checkpoint_is_not_handed_out(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     run.finished.unlink()
     (run.checkpoint(result.adapter_step) / "adapter_model.safetensors").write_bytes(b"")
-    with pytest.raises(RunError, match="damaged or gone"):
+    expected = adapter(run.root)
+    with pytest.raises(RunError, match="Remove it and every later one"):
         train(tiny_recipe(tmp_path, **changes), resume=True)
+    for step in run.steps():
+        if step >= result.adapter_step:
+            shutil.rmtree(run.checkpoint(step))
+    assert train(tiny_recipe(tmp_path, **changes), resume=True).adapter_step == result.adapter_step
+    assert adapter(run.root) == expected
