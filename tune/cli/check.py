@@ -6,14 +6,13 @@ import sys
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
-from tune.errors import ModelError, RecipeError
+from tune.errors import RecipeError
 from tune.recipe.later import refusals
 from tune.recipe.load import load_recipe
 
 if TYPE_CHECKING:
     from tune.data.load import Data
     from tune.data.report import Report, SourceReport
-    from tune.models.load import LoadedBase
     from tune.recipe.schema import Recipe
 
 
@@ -28,14 +27,14 @@ def check(recipe_path: str, overrides: list[str], quiet: bool) -> None:
     from tune.adapters.lora import resolve_targets  # first, since it keeps bitsandbytes quiet
     from tune.data.load import load_data
     from tune.data.tokenizer import load_tokenizer
-    from tune.models.load import check_vocabulary
+    from tune.models.load import check_vocabulary, outline_base
 
     terminal = sys.stdout.isatty()
     waiting = Console(stderr=True).status("reading the data") if terminal and not quiet else nullcontext()
     with waiting:
         model = recipe.model
         _check_surroundings(recipe)
-        outline = _outline(recipe)
+        outline = outline_base(recipe.model)
         if outline is not None:
             resolve_targets(recipe.adapter, outline, model.base)
         tokenizer = load_tokenizer(model.base, revision=model.revision, trust_remote_code=model.trust_remote_code)
@@ -63,32 +62,6 @@ def _check_surroundings(recipe: Recipe) -> None:
     check_trackers(recipe.tracking.to)
     if recipe.adapter.start_from is not None:
         find_start(recipe.adapter.start_from)
-
-
-def _outline(recipe: Recipe) -> LoadedBase | None:
-    """The base as its config describes it, without weights; None where the base's own code would have to build it."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from tune.data.hub import one_line
-    from tune.models.hub import quiet_transformers, read_config
-    from tune.models.load import LoadedBase, check_supported
-
-    section = recipe.model
-    config = read_config(section.base, section.revision, section.trust_remote_code)
-    check_supported(section, config)
-    if section.trust_remote_code and getattr(config, "auto_map", None):
-        return None  # such code may need real weights, and a recipe is not refused for that
-    try:
-        with quiet_transformers(), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    # A config that contradicts itself fails wherever the contradiction shows, as it does when weights are loaded.
-    except (ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
-        raise ModelError(
-            f"model.base: the model that the config.json of {section.base} describes cannot be built "
-            f"({one_line(error)}). Compare it with the original model's."
-        ) from error
-    return LoadedBase(model, config, packs=True, attention="")
 
 
 def _cells(source: SourceReport) -> dict[str, str]:

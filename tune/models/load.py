@@ -18,7 +18,7 @@ from torch import Tensor
 from tune.data.hub import explain, one_line
 from tune.errors import ModelError
 from tune.models.catalog import family_of
-from tune.models.hub import quiet_transformers, read_config
+from tune.models.hub import local_folder, quiet_transformers, read_config
 from tune.recipe import schema
 
 
@@ -89,12 +89,8 @@ def load_base(section: schema.Model, device: torch.device) -> LoadedBase:
         raise ModelError(f"model.base: {section.base} does not fit into the memory of {device}.") from error
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise ModelError(_unreadable(section.base, error)) from error
-    # Building the model from a config that contradicts itself fails wherever the contradiction shows.
-    except (ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
-        raise ModelError(
-            f"model.base: the model that the config.json of {section.base} describes cannot be built "
-            f"({one_line(error)}). Compare it with the original model's."
-        ) from error
+    except _CONTRADICTIONS as error:
+        raise ModelError(_unbuildable(section.base, error)) from error
     _check_complete(section.base, info, model)
     model.requires_grad_(False)
     model.eval()
@@ -104,9 +100,43 @@ def load_base(section: schema.Model, device: torch.device) -> LoadedBase:
     return LoadedBase(model, config, keeps_examples_apart(model), str(model.config._attn_implementation))
 
 
+def outline_base(section: schema.Model) -> LoadedBase | None:
+    """Return the base as its config describes it, on the meta device and without weights, for what needs its shape.
+
+    None where the base's own code would have to build it: that may need real weights.
+
+    Raises:
+        ModelError: the base is not one that training takes, or its config contradicts itself.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = read_config(section.base, section.revision, section.trust_remote_code)
+    check_supported(section, config)
+    if section.trust_remote_code and getattr(config, "auto_map", None):
+        return None
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except _CONTRADICTIONS as error:
+        raise ModelError(_unbuildable(section.base, error)) from error
+    return LoadedBase(model, config, packs=True, attention="")
+
+
+# What building a model from a config that contradicts itself raises, wherever the contradiction shows.
+_CONTRADICTIONS = (ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError)
+
+
+def _unbuildable(base: str, error: Exception) -> str:
+    return (
+        f"model.base: the model that the config.json of {base} describes cannot be built ({one_line(error)}). "
+        "Compare it with the original model's."
+    )
+
+
 def _unreadable(base: str, error: Exception) -> str:
     words = f"the weights of {base} cannot be read ({one_line(error)}). The download or copy may be incomplete."
-    return explain(error, base, "model.base") or f"model.base: {words}"
+    access = None if local_folder(base) is not None else explain(error, base, "model.base")
+    return access or f"model.base: {words}"
 
 
 def _check_complete(base: str, info: dict[str, Any], model: torch.nn.Module) -> None:
