@@ -43,7 +43,7 @@ def explain(error: Exception, name: str, key: str, *, kind: str = "model", revis
     statuses = {getattr(getattr(link, "response", None), "status_code", None) for link in chain}
     noun = NOUNS[kind]
     page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
-    login = "`hf auth login` or HF_TOKEN"
+    login = "log in with `hf auth login` or set HF_TOKEN"
     if "GatedRepoError" in kinds or "is a gated" in said:
         return (
             f"{key}: {name} is gated, and your account has not been let in. Accept its terms at {page}, then {login}."
@@ -56,7 +56,7 @@ def explain(error: Exception, name: str, key: str, *, kind: str = "model", revis
             f"if it is private, {login}.{near_path(name)}"
         )
     if 401 in statuses:
-        return f"{key}: the Hub refused access to {name} (401): your token is missing or not valid. Use {login}."
+        return f"{key}: the Hub refused access to {name} (401): your token is missing or not valid; {login}."
     if 403 in statuses:
         return f"{key}: the Hub refused access to {name} (403). Ask for it at {page}, then {login}."
     if kinds & {"OfflineModeIsEnabled", "LocalEntryNotFoundError", *_UNREACHABLE} or "offline" in said.lower():
