@@ -57,6 +57,15 @@ class RunFolder:
     def finished(self) -> Path:
         return self.root / "finished.json"
 
+    @property
+    def provenance(self) -> Path:
+        """What the run was made of: fingerprints, versions, and some examples to prove a merge on."""
+        return self.root / "provenance.json"
+
+    @property
+    def merged(self) -> Path:
+        return self.root / "merged"
+
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:06d}"
 
@@ -80,6 +89,20 @@ class RunFolder:
         except (OSError, ValueError, TypeError) as error:
             raise RunError(
                 f"{self.finished}: cannot be read ({error}). Remove it; --resume writes it again."
+            ) from error
+
+    def read_provenance(self) -> dict[str, Any]:
+        """What the run was made of.
+
+        Raises:
+            RunError: it is not there or cannot be read.
+        """
+        try:
+            return dict(json.loads(self.provenance.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise RunError(
+                f"{self.provenance}: cannot be read, so nothing says what this run was made of. "
+                f"`tune train {self.recipe} --resume` writes it again."
             ) from error
 
     def check_start(self, resume: bool) -> None:
@@ -167,8 +190,9 @@ def folder_of(path: str | Path) -> tuple[RunFolder, Path]:
         RunError: there is no run, or nothing of it to use yet.
     """
     given = Path(path).expanduser()
-    if not given.exists():
-        near = did_you_mean(given.name, os.listdir(given.parent)) if given.parent.is_dir() else ""
+    # Unlike pathlib, os.path takes a prompt in the place of a folder, however long, for a name that is not there.
+    if not os.path.exists(given):
+        near = did_you_mean(given.name, os.listdir(given.parent)) if os.path.isdir(given.parent) else ""
         raise RunError(
             f"{path}: no such run. Give a run folder such as runs/quickstart, or one of its checkpoints.{near}"
         )
@@ -214,7 +238,8 @@ def explain_os_errors(path: Path, remedy: str = "") -> Iterator[None]:
         raise RunError(f"{error.filename or path}: {words[error.errno]}{ending}") from error
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Put a folder's entries on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -233,7 +258,7 @@ def write_file(path: Path, content: bytes | str) -> None:
             os.fsync(handle.fileno())
         os.chmod(name, 0o644)
         os.replace(name, path)
-        _flush(path.parent)
+        flush(path.parent)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
@@ -258,7 +283,7 @@ def write_folder(path: Path, files: Mapping[str, bytes | str], manifest: bool = 
                 handle.write(content)
                 handle.flush()
                 os.fsync(handle.fileno())
-        _flush(new)
+        flush(new)
         if path.exists():
             old = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=path.parent))
             os.replace(path, old / "old")
@@ -266,7 +291,7 @@ def write_folder(path: Path, files: Mapping[str, bytes | str], manifest: bool = 
             shutil.rmtree(old)
         else:
             os.replace(new, path)
-        _flush(path.parent)
+        flush(path.parent)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise

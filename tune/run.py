@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tune.errors import RecipeError, RunError, UntrustworthyError
 from tune.folder import RunFolder, explain_os_errors, whole, write_file
 from tune.recipe.later import refusals
-from tune.recipe.load import recipe_to_yaml
+from tune.recipe.load import load_recipe, recipe_to_yaml
 from tune.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from tune.data.load import Data
     from tune.models.load import LoadedBase
     from tune.planning.memory import RowPlan
+    from tune.progress import Progress
     from tune.training.checkpoint import TrainingState
     from tune.training.devices import Devices
-    from tune.training.progress import Progress
     from tune.training.trainer import Trainer
 
 
@@ -65,8 +65,8 @@ def train(recipe: Recipe, resume: bool = False, progress: Progress | None = None
         UntrustworthyError: the loss diverged.
         StoppedError: SIGINT or SIGTERM, after a checkpoint.
     """
+    from tune.progress import Progress
     from tune.training.devices import Devices
-    from tune.training.progress import Progress
 
     refused = refusals(recipe)
     if refused:
@@ -87,15 +87,17 @@ def _train_locked(recipe: Recipe, resume: bool, run: RunFolder, devices: Devices
     from tune.models.load import check_supported
     from tune.training.metrics import check_trackers
     from tune.training.optimizer import check_optimizer
+    from tune.training.provenance import remember
     from tune.training.resume import check_same, find_checkpoint
     from tune.training.trainer import Job, Trainer
 
-    model = recipe.model
     devices.first(lambda: run.check_start(resume))
     if resume and not run.recipe.is_file():
         progress.line("resume from step 0: there is no run yet")
     check_optimizer(recipe.train, devices.device)
     check_trackers(recipe.tracking.to)
+    recipe = _pinned(recipe, run)
+    model = recipe.model
     check_supported(model, read_config(model.base, model.revision, model.trust_remote_code))
     tokenizer = load_tokenizer(model.base, revision=model.revision, trust_remote_code=model.trust_remote_code)
     with progress.phase("reading data") as advance:
@@ -109,6 +111,7 @@ def _train_locked(recipe: Recipe, resume: bool, run: RunFolder, devices: Devices
         longer = check_same(run, recipe)
         finished = run.read_finished()
         if finished is not None and not longer:
+            devices.first(lambda: remember(run, recipe, data, tokenizer, base_fingerprint, again=False))
             return _already(run, finished)
         state = find_checkpoint(run, data.fingerprint, base_fingerprint, progress)
     start = find_start(recipe.adapter.start_from) if recipe.adapter.start_from is not None and state is None else None
@@ -119,12 +122,29 @@ def _train_locked(recipe: Recipe, resume: bool, run: RunFolder, devices: Devices
     job = Job(recipe, run, adapted, data.train, data.eval, *fingerprints, base.packs, rows, devices, progress)
     trainer = Trainer(job, state.step if state is not None else None)
     devices.first(lambda: _begin(run, recipe, data, coverage, trainer.state.step))
+    devices.first(lambda: remember(run, recipe, data, tokenizer, base_fingerprint))
     _tell(progress, data, coverage, base.attention, trainer)
 
     state = trainer.run()
     result = _result(recipe, run, state, data.eval is not None, devices)
     devices.first(lambda: _finish(run, recipe, tokenizer, data.template, result))
     return result
+
+
+def _pinned(recipe: Recipe, run: RunFolder) -> Recipe:
+    """The recipe with the commit of a base from the Hub, so that the run and its merge go on with these weights."""
+    from tune.models.hub import commit_of, read_config
+
+    model = recipe.model
+    if model.revision is None and run.recipe.is_file():
+        saved = load_recipe(run.recipe).model
+        if saved.base == model.base:
+            model = model.model_copy(update={"revision": saved.revision})
+    read_config(model.base, model.revision, model.trust_remote_code)
+    commit = commit_of(model.base, model.revision)
+    if commit is not None:
+        model = model.model_copy(update={"revision": commit})
+    return recipe.model_copy(update={"model": model})
 
 
 def _adapt(
@@ -240,6 +260,7 @@ def _result(recipe: Recipe, run: RunFolder, state: TrainingState, held_out: bool
 
 def _finish(run: RunFolder, recipe: Recipe, tokenizer: Any, template: Any, result: FinishedRun) -> None:
     """Write adapter/ from the chosen checkpoint, then the finished mark."""
+    from tune.data.templates.default_system import with_system
     from tune.export.adapter import write_adapter
     from tune.export.card import adapter_card
 
@@ -251,6 +272,6 @@ def _finish(run: RunFolder, recipe: Recipe, tokenizer: Any, template: Any, resul
         )
     card = adapter_card(recipe, result.loss_before, result.loss_after, result.measured_on, result.adapter_step)
     with explain_os_errors(run.root, "finish with --resume"):
-        write_adapter(run.adapter, chosen, tokenizer, template.jinja, card)
+        write_adapter(run.adapter, chosen, tokenizer, with_system(template.jinja, recipe.data.system), card)
         summary = {key: value for key, value in asdict(result).items() if key != "already"}
         write_file(run.finished, json.dumps(summary, indent=1) + "\n")

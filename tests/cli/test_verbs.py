@@ -91,7 +91,8 @@ def test_the_end_says_where_what_and_what_next(trained: tuple[Path, str, str]) -
 
 def test_the_folder_is_as_it_is_drawn(here: Path) -> None:
     assert {path.name for path in Path("run").iterdir()} == {
-        "recipe.yaml", "coverage.json", "adapter", "checkpoints", "metrics.jsonl", "finished.json", ".lock",
+        "recipe.yaml", "coverage.json", "adapter", "checkpoints", "metrics.jsonl", "finished.json", "provenance.json",
+        ".lock",
     }  # fmt: skip
     held = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "chat_template.jinja", "README.md"}
     assert held <= {path.name for path in Path("run/adapter").iterdir()}

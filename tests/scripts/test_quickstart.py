@@ -73,17 +73,19 @@ def test_wrong_arguments_exit_2_before_anything_starts(clone: Clone, arguments: 
     assert clone.calls == []
 
 
-def test_makes_the_model_trains_and_compares_offline(clone: Clone) -> None:
+def test_makes_the_model_trains_compares_and_merges_offline(clone: Clone) -> None:
     done = clone.quickstart(VIRTUAL_ENV="/elsewhere", PYTHONPATH="/elsewhere")
     assert done.returncode == 0, done.stderr
     assert [call.split(" | ")[0] for call in clone.calls] == [
         "scripts/smollm2.py",
         "-m tune train recipes/quickstart.yaml",
         "scripts/compare_answers.py runs/quickstart data/quickstart-prompts.txt",
+        "-m tune merge runs/quickstart",
     ]
     assert all(call.endswith(f"offline=1 home={clone.root} venv= path=") for call in clone.calls)
     assert ".venv/bin/tune chat runs/quickstart" in done.stdout
     assert "runs/quickstart/adapter" in done.stdout
+    assert "runs/quickstart/merged" in done.stdout
 
 
 def test_second_run_resumes(clone: Clone) -> None:
@@ -91,6 +93,18 @@ def test_second_run_resumes(clone: Clone) -> None:
     done = clone.quickstart()
     assert clone.calls[1].startswith("-m tune train recipes/quickstart.yaml --resume ")
     assert "going on with it" in done.stdout
+
+
+@pytest.mark.parametrize("unproven", [False, True])
+def test_a_proven_merge_is_kept_and_an_unproven_one_is_not_passed_over(clone: Clone, unproven: bool) -> None:
+    merged = clone.root / "runs" / "quickstart" / "merged"
+    merged.mkdir(parents=True)
+    (merged / "merge-proof.json").write_text("{}")
+    if unproven:
+        (merged / "UNPROVEN").write_text("")
+    done = clone.quickstart()
+    assert any("tune merge" in call for call in clone.calls) == unproven
+    assert ("is there already, with its proof" in done.stdout) != unproven
 
 
 def test_failed_training_ends_with_its_exit_code_and_no_answers(clone: Clone) -> None:

@@ -19,8 +19,8 @@ from tests.training.processes import fork, wait, wait_until
 from tune.cli.main import _run
 from tune.errors import ModelError, RunError
 from tune.folder import RunFolder
+from tune.progress import Progress
 from tune.run import train
-from tune.training.progress import Progress
 
 KILLS = int(os.environ.get("TUNE_SLOW_COUNT", "20"))
 

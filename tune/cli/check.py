@@ -1,4 +1,76 @@
-"""`tune check`: is the recipe right, and is the data what it should be? No weights are loaded."""
+"""`tune check`: is the recipe right, and is the data what it should be? No weights are loaded.
+
+All that training asks for is asked here: the recipe, the data, the tokenizer, the base's configuration, the optimizer,
+the trackers and the adapter to start from. Nothing is written. What is on the Hub and not yet in the cache is
+downloaded: data, tokenizer and configuration, not the weights.
+
+## What it prints
+
+For each source of `data.train` and `data.eval`:
+
+| line | says |
+| --- | --- |
+| format | how the rows were read; with `auto`, what was found |
+| template | how the prompts are written |
+| rows | rows read |
+| examples | what came of them |
+| tokens | of these examples, after cutting |
+| trained | the share of the tokens that is trained on |
+| truncated | examples cut at `data.max_length` |
+| too long | rows dropped for their length, under `data.on_long: drop` |
+| zero-target | rows dropped since nothing of them would be trained on |
+| bad | rows dropped since they cannot be read, under `data.on_bad: drop` |
+| duplicates | examples that repeat an earlier one of the same part, token for token |
+| length p50/p95/max | tokens of an example before cutting: the median, the 95th percentile and the longest |
+
+Then the whole: the length of an epoch with weights counted, the steps of the training, the held-out examples and a
+fingerprint of the encoded data, which changes when the data, the tokenizer or the template does. The last line says
+that recipe and data are usable.
+
+Outside a terminal the sources stand below each other, one number a line.
+
+## What can go wrong
+
+A mistake ends it with exit code 2, and every mistake in the recipe is told at once:
+
+```console
+$ tune check recipes/quickstart.yaml train.epoch=2 lora_r=8
+train.epoch=2 (command line): is not a key of train. Did you mean 'epochs'?
+lora_r=8 (command line): is not a key of a recipe. Here it is adapter.rank.
+```
+
+A warning leaves the exit code 0. There is one for many cut examples, for few trained tokens, for dropped rows, for
+repeated examples, for held-out examples that are in the training data too, for a `data.eval` too small to hold anything
+out, and for answers that end without an end token.
+
+## Example
+
+With the model that `scripts/quickstart` makes, on a terminal:
+
+```console
+$ tune check recipes/quickstart.yaml
+                    data/lighthouse-alpaca.jsonl  data/lighthouse-heldout.jsonl
+                                           train                           eval
+format                                    alpaca                         alpaca
+template                               tokenizer                      tokenizer
+rows                                         200                             20
+examples                                     200                             20
+tokens                                    17,084                          1,686
+trained                                    50.5%                          50.2%
+truncated                                      0                              0
+too long                                       0                              0
+zero-target                                    0                              0
+bad                                            0                              0
+duplicates                                     0                              0
+length p50/p95/max                     85/96/105                       84/91/96
+train        200 examples, 17,084 tokens, 50.5% trained on
+epoch        200 examples, weights counted, in 25 steps
+steps        25 of 8 examples
+held out     20 examples, 1,686 tokens, 0 of them in train too
+fingerprint  aead9f9dfdeeca83
+recipe and data are usable
+```
+"""
 
 from __future__ import annotations
 

@@ -1,13 +1,30 @@
-"""`tune generate`."""
+"""`tune generate`: one prompt, one answer.
+
+The answer is printed as it comes, and nothing else. The prompt is written with the template and the system prompt
+that trained, and the answer ends where the template ends a turn, or after `--max-new-tokens`. `--system ""` leaves a
+trained system prompt out.
+
+RUN is a run, whose adapter answers; one of its checkpoints; or the folder of a whole model: what `tune merge` wrote,
+or any causal language model with a chat template. A whole model is loaded as it is, without quantisation, in the type
+that its config names (float16 as float32, which rounds nothing). It has no adapter, so `--without-adapter` is refused.
+
+A merge whose proof failed has a file UNPROVEN beside its weights: it answers after a warning, since its answers may
+not be the run's.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from tune.errors import RunError
+from tune.evaluation.whole_model import is_unproven, is_whole_model, no_adapter
 from tune.folder import folder_of
+
+if TYPE_CHECKING:
+    from tune.evaluation.generate import Speaker
 
 
 def generate(
@@ -16,12 +33,7 @@ def generate(
     """Print the answer as it comes."""
     if not prompt.strip():
         raise RunError("PROMPT is empty. Write what is to be answered, in quotes.")
-    folder_of(run)  # a wrong name is told before anything is loaded
-    with loading(quiet):
-        from tune.evaluation.generate import load_run
-
-        loaded = load_run(run)
-    loaded.answer(
+    load(run, adapter, quiet).answer(
         prompt,
         adapter=adapter,
         system=system,
@@ -32,6 +44,29 @@ def generate(
     print()
 
 
+def load(run: str, adapter: bool, quiet: bool) -> Speaker:
+    """Load whoever is to answer, a run's adapter or a whole model.
+
+    Raises:
+        UserError: there is nothing to load, something of it is wrong, or it has no adapter to leave out.
+    """
+    whole = is_whole_model(run)
+    if whole and not adapter:
+        raise RunError(no_adapter(run))
+    if not whole:
+        folder_of(run)  # a wrong name is told before anything is loaded
+    elif is_unproven(run):
+        print(
+            f"warning: {run}: the proof of this merge failed (merge-proof.json says how), so its answers may not be "
+            "those of the run. Merge again before you use it.",
+            file=sys.stderr,
+        )
+    with _loading(quiet):
+        from tune.evaluation.generate import load_merged, load_run
+
+        return load_merged(run) if whole else load_run(run)
+
+
 def write(text: str) -> None:
     """Print a piece of an answer at once."""
     sys.stdout.write(text)
@@ -39,7 +74,7 @@ def write(text: str) -> None:
 
 
 @contextmanager
-def loading(quiet: bool) -> Iterator[None]:
+def _loading(quiet: bool) -> Iterator[None]:
     """Say on a terminal that the model is being loaded, which takes seconds."""
     if quiet or not sys.stderr.isatty():
         yield

@@ -29,6 +29,9 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe, such as train.learning_rate=1e-4."),
 ]
 RunPath = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or one of its checkpoints.")]
+Speaking = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run folder, one of its checkpoints, or a merged model's folder.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only what was asked for, warnings and errors.")]
 System = Annotated[str | None, typer.Option("--system", help="The system prompt.")]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")]
@@ -88,7 +91,7 @@ def preview(
 
 @app.command()
 def generate(
-    run: RunPath,
+    run: Speaking,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to answer.")],
     without_adapter: WithoutAdapter = False,
     system: System = None,
@@ -104,7 +107,7 @@ def generate(
 
 @app.command()
 def chat(
-    run: RunPath,
+    run: Speaking,
     without_adapter: WithoutAdapter = False,
     system: System = None,
     max_new_tokens: NewTokens = 512,
@@ -115,6 +118,41 @@ def chat(
     from tune.cli.chat import chat
 
     chat(run, not without_adapter, system, max_new_tokens, temperature, quiet)
+
+
+@app.command()
+def merge(
+    run: RunPath,
+    output: Annotated[str | None, typer.Option("--output", help="The new folder; RUN/merged if not given.")] = None,
+    base: Annotated[
+        str,
+        typer.Option("--base", help="original: the base's own weights; quantized: their 4-bit form, as trained."),
+    ] = "original",
+    quiet: Quiet = False,
+) -> None:
+    """Merge the adapter into its base, streamed, and prove that the result is the trained model."""
+    from tune.cli.merge import merge
+
+    merge(run, output, base, quiet)
+
+
+@app.command()
+def push(
+    run: RunPath,
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository on the Hub.")],
+    merged: Annotated[bool, typer.Option("--merged", help="Publish the merged model instead of the adapter.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show all that would be sent, and send nothing.")] = False,
+    base_model: Annotated[
+        str | None, typer.Option("--base-model", metavar="OWNER/NAME", help="The base's name on the Hub.")
+    ] = None,
+    update: Annotated[bool, typer.Option("--update", help="Commit over what the repository holds.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Publish the adapter or the merged model on the Hugging Face Hub, with a model card."""
+    from tune.cli.push import push
+
+    push(run, repo, merged, private, dry_run, base_model, update, quiet)
 
 
 @app.command()

@@ -1,4 +1,41 @@
-"""`tune preview`: examples as the model sees them, and which of their tokens it learns."""
+"""`tune preview`: examples as the model sees them, and which of their tokens it learns.
+
+The tokens are those of the training, decoded again: template, system prompt, control tokens and the cut at
+`data.max_length` included. Examples come in the order of the data, from the first rows of each source, held-out ones
+among them. No weights are loaded, and nothing is written.
+
+## What it prints
+
+For each example a line with the file, the row, and how many tokens there are and are trained on; then the text. On a
+terminal the trained tokens have a green ground. Elsewhere they stand between ⟦ and ⟧, or between [[ and ]] where the
+encoding has no such brackets. `--quiet` leaves the text alone.
+
+`--json` prints one object a line with three lists of equal length: `ids`, `tokens` as the tokenizer names them, and
+`trained`, true or false for each.
+
+On a terminal it also says if the examples shown leave out whole sources. `data.train.0.limit=1` makes room for the
+second one.
+
+## What can go wrong
+
+Recipe and data are read as `tune check` reads them, and refused in the same words. If answers are not marked, look at
+`data.train_on` and at the format: the roles or columns are not what it expects.
+
+## Example
+
+With the model that `scripts/quickstart` makes; the answer is shortened here:
+
+```console
+$ tune preview recipes/quickstart.yaml -n 1 | cat
+--- data/lighthouse-alpaca.jsonl:1: 87 tokens, 48 trained on
+<|im_start|>system
+You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>
+<|im_start|>user
+How often should I water a cactus?<|im_end|>
+<|im_start|>assistant
+⟦Ahoy, friend! About every two to three weeks in summer, … Fair winds, Wren of Gull Rock.<|im_end|>⟧
+```
+"""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from rich.progress import (
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from tune.training.progress import Progress
+from tune.progress import Progress
 
 
 def size(count: float) -> str:

@@ -1,4 +1,24 @@
-"""`tune recipes`: the shipped recipes, one of them, or the JSON Schema."""
+"""`tune recipes`: the shipped recipes, one of them, or the JSON Schema.
+
+Without a name it lists the recipes that come with the program, each with the first line of its file. With a name it
+prints that recipe, comments included, so that `tune recipes NAME > mine.yaml` works too. `--copy` writes NAME.yaml
+into the working directory and says how to start it; a file that is there already is never overwritten.
+
+`--schema` prints the JSON Schema of a recipe, with the description, default and limits of each key. An editor that
+reads YAML with a schema completes keys from it and marks mistakes.
+
+## What can go wrong
+
+An unknown name, `--copy` without a name, and a file in the way are told with exit code 2. A recipe that waits for
+something not built yet is listed with the words "not in this version yet", and `tune train` refuses it.
+
+## Example
+
+```console
+$ tune recipes quickstart --copy
+quickstart.yaml is here. Next: tune train quickstart.yaml
+```
+"""
 
 from __future__ import annotations
 

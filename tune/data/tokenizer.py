@@ -9,6 +9,7 @@ compared with the files themselves on texts chosen for that: with SentencePiece 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -72,6 +73,15 @@ def load_tokenizer(
         f"{base}: its tokenizer reads {misread!r} differently from its own {name}, "
         "so training would see other tokens than the model knows. Use a tokenizer.json that matches."
     )
+
+
+def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a SHA-256 over every token and its id, and over which are special."""
+    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    digest = hashlib.sha256()
+    for token, id in sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])):
+        digest.update(f"{id} {token!r} {id in special}\n".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
 
 
 def _check_place(base: str, folder: Path) -> None:

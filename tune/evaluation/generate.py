@@ -1,9 +1,15 @@
-"""Answers of a trained adapter and of the base under it, with the template that trained."""
+"""Answers of a trained adapter, of the base under it, or of a whole model, with the template that trained.
+
+A whole model is a folder that stands by itself: what `tune merge` writes, or any other causal language model with a
+chat template. Whoever answers, its own generation_config.json decides nothing but where an answer ends: it may
+penalise, sample or search, and the run that it is compared with does not.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,25 +17,43 @@ from typing import Any
 import torch
 
 from tune.adapters.lora import attach, read_adapter
-from tune.data.conversation import Conversation, Message
+from tune.data.conversation import Message
 from tune.data.encode import encode_prompt
+from tune.data.templates.default_system import split_system
+from tune.data.templates.jinja_template import JinjaTemplate
 from tune.data.templates.resolve import resolve_template
+from tune.data.templates.segment import Template
 from tune.data.tokenizer import load_tokenizer
+from tune.errors import DataError, ModelError, RunError
+from tune.evaluation.whole_model import no_adapter
 from tune.folder import folder_of
 from tune.models.hub import read_config
 from tune.models.load import load_base
+from tune.recipe import schema
 from tune.recipe.load import load_recipe
-from tune.recipe.schema import Recipe
 
 
 @dataclass(frozen=True, slots=True)
-class LoadedRun:
-    """A run in memory: base, adapter, tokenizer and the template that trained."""
+class Speaker(ABC):
+    """A model in memory that answers: with its tokenizer, its template, and what it does unless told otherwise."""
 
-    recipe: Recipe
+    name: str
+    """What the user called it."""
     model: Any
     tokenizer: Any
-    template: Any
+    template: Template
+    system: str | None
+    """The system prompt of a conversation that brings none."""
+    ends: tuple[int, ...]
+    """The tokens that end an answer."""
+
+    @abstractmethod
+    def without_adapter(self) -> AbstractContextManager[Any]:
+        """A context in which the base answers.
+
+        Raises:
+            RunError: there is no adapter to leave out.
+        """
 
     def answer(
         self,
@@ -46,39 +70,67 @@ class LoadedRun:
         Args:
             prompt: one user turn, or a whole conversation that ends with one.
             adapter: whether the adapter takes part; without it, the base answers.
-            system: the system prompt; the recipe's `data.system` when none is given.
+            system: the system prompt; `self.system` when none is given, and an empty one for no system message at all.
             max_new_tokens: at most this many tokens are generated.
             temperature: 0 takes the likeliest token each time.
             on_text: called with each piece of text as it comes.
+
+        Raises:
+            DataError: the template cannot express these messages.
+            ModelError: the tokenizer is not this model's.
+            RunError: there is no adapter to leave out.
         """
         messages = [Message("user", prompt)] if isinstance(prompt, str) else list(prompt)
-        system = system if system is not None else self.recipe.data.system
+        system = system if system is not None else self.system
         if system and messages[0].role != "system":
             messages.insert(0, Message("system", system))
-        ids = torch.tensor([encode_prompt(messages, self.template, self.tokenizer)], device=self.model.device)
-        stops = self._stops()
+        ids = torch.tensor([self._encode(messages)], device=self.model.device)
         streamer = None
         if on_text is not None:
             streamer = _stream(self.tokenizer, on_text)
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-        with torch.inference_mode(), nullcontext() if adapter else self.model.disable_adapter():
+        with torch.inference_mode(), nullcontext() if adapter else self.without_adapter():
             out = self.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=max_new_tokens,
-                eos_token_id=stops or None,
-                pad_token_id=stops[0] if stops else 0,
+                eos_token_id=list(self.ends) or None,
+                pad_token_id=self.ends[0] if self.ends else 0,
                 streamer=streamer,
                 **sampling,
             )
         return str(self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip()
 
-    def _stops(self) -> list[int]:
-        """The tokens that end an answer: what the template puts after one, and the tokenizer's own end."""
-        turns = Conversation((Message("user", "a"), Message("assistant", "b")))
-        ends = [s.text for s in self.template.segments(turns) if s.control and s.trained]
-        stops = [self.tokenizer.convert_tokens_to_ids(text) for text in ends] + [self.tokenizer.eos_token_id]
-        return list(dict.fromkeys(stop for stop in stops if stop is not None))
+    def _encode(self, messages: Sequence[Message]) -> list[int]:
+        ids = encode_prompt(messages, self.template, self.tokenizer)
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        if max(ids) >= rows:  # on a GPU it would end in an assertion far from the cause
+            raise ModelError(
+                f"{self.name}: its tokenizer gives token {max(ids)}, and the model has {rows} embeddings. "
+                "Tokenizer and weights belong to different models: copy both from one."
+            )
+        return ids
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedRun(Speaker):
+    """A run in memory: base, adapter, and the tokenizer and template that trained."""
+
+    recipe: schema.Recipe
+
+    def without_adapter(self) -> AbstractContextManager[Any]:
+        """A context in which the base answers."""
+        context: AbstractContextManager[Any] = self.model.disable_adapter()
+        return context
+
+
+@dataclass(frozen=True, slots=True)
+class WholeModel(Speaker):
+    """A model folder in memory, in which an adapter may have gone into the weights."""
+
+    def without_adapter(self) -> AbstractContextManager[Any]:
+        """There is no such context. Raises RunError, which says what to do."""
+        raise RunError(no_adapter(self.name))
 
 
 def _stream(tokenizer: Any, on_text: Callable[[str], None]) -> Any:
@@ -98,8 +150,6 @@ def load_run(path: str | Path, device: torch.device | None = None) -> LoadedRun:
         RunError: there is no run, or nothing of it to load yet.
         ModelError: its base or adapter cannot be read.
     """
-    from transformers import GenerationConfig
-
     run, adapter = folder_of(path)
     recipe = load_recipe(run.recipe)
     read_config(recipe.model.base, recipe.model.revision, recipe.model.trust_remote_code)
@@ -110,11 +160,80 @@ def load_run(path: str | Path, device: torch.device | None = None) -> LoadedRun:
         revision=None if saved else recipe.model.revision,
         trust_remote_code=recipe.model.trust_remote_code,
     )
-    template = resolve_template(recipe.data.template, tokenizer)
-    where = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    base = load_base(recipe.model, where)
-    base.model.generation_config = GenerationConfig()  # the base's own may penalise, sample or search
+    template, system = _template(recipe.data.template, tokenizer)
+    base = load_base(recipe.model, device or _device())
+    ends = _ends(base.model, template, tokenizer)
     model = attach(base, recipe.adapter, recipe.model.base, recipe.train.seed)
     read_adapter(adapter, model)
     model.eval()
-    return LoadedRun(recipe, model, tokenizer, template)
+    return LoadedRun(str(path), model, tokenizer, template, recipe.data.system or system, ends, recipe)
+
+
+def load_merged(path: str | Path, device: torch.device | None = None) -> WholeModel:
+    """Load a model folder that `tune merge` wrote, or any causal language model with a chat template, as it is.
+
+    Its weights keep the type that its config names. float16 becomes float32, which holds each of its values: bfloat16
+    has three bits fewer, and would round the model into another one. So does what a config does not name.
+
+    Raises:
+        RunError: it has no chat template, or needs code of its own.
+        ModelError: its config, weights or tokenizer cannot be read or used.
+        DataError: its chat template or its tokenizer's files contradict themselves.
+    """
+    folder = Path(path).expanduser()
+    try:
+        config = read_config(str(folder))
+        tokenizer = load_tokenizer(str(folder))
+        if not tokenizer.chat_template:
+            raise RunError(
+                f"{path}: not a run folder (it holds no recipe.yaml), and as a model it has no chat template, so "
+                "nothing says how a prompt is written for it. Give a run, or a model that has a chat_template.jinja."
+            )
+        template, system = _template("tokenizer", tokenizer)
+        dtype = "bfloat16" if config.dtype == torch.bfloat16 else "float32"
+        section = schema.Model(base=str(folder), quantization="none", dtype=dtype)
+        base = load_base(section, device or _device())
+    except (ModelError, DataError) as error:
+        raise type(error)(_without_recipe(str(path), error)) from error
+    return WholeModel(str(path), base.model, tokenizer, template, system, _ends(base.model, template, tokenizer))
+
+
+def _without_recipe(path: str, error: ModelError | DataError) -> str:
+    """An error about a base in words for a folder that was given without a recipe."""
+    if "trust_remote_code" in str(error):
+        return (
+            f"{path}: needs Python code of its own to run, and here no code of a model is run. "
+            "If it was merged from a run, give the run."
+        )
+    return str(error).removeprefix("model.base: ")
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _template(name: str, tokenizer: Any) -> tuple[Template, str | None]:
+    """The template of this name, and the system prompt that it writes for messages without one.
+
+    The prompt is taken out of the template, so that whoever asks can leave it out.
+    """
+    template = resolve_template(name, tokenizer)
+    if not isinstance(template, JinjaTemplate):
+        return template, None
+    system, jinja = split_system(template.jinja)
+    return JinjaTemplate(template.name, jinja).bind(tokenizer), system
+
+
+def _ends(model: Any, template: Template, tokenizer: Any) -> tuple[int, ...]:
+    """The tokens that end an answer: what the template puts after one, the tokenizer's own end, and the model's.
+
+    What else the model's generation config asks for is dropped.
+    """
+    from transformers import GenerationConfig
+
+    own = model.generation_config.eos_token_id
+    model.generation_config = GenerationConfig()
+    written = template.end_of_turn
+    ends = [] if written is None else [tokenizer.convert_tokens_to_ids(written)]
+    ends += [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    return tuple(dict.fromkeys(end for end in ends if isinstance(end, int)))

@@ -21,13 +21,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from bitsandbytes.functional import QuantState, dequantize_4bit
+from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
 from torch import Tensor
 
 
 def dequantize(packed: Tensor, quant_state: QuantState, dtype: torch.dtype) -> Tensor:
     """Return the dense weight [O, I] in `dtype` of a packed 4-bit one."""
     return dequantize_4bit(packed.view(-1, 1), quant_state).to(dtype)  # type: ignore[no-any-return]
+
+
+def as_trained(weight_OI: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a dense weight [O, I] as training sees it: cast to `dtype`, packed in NF4, and unpacked to `dtype`."""
+    packed, state = quantize_4bit(
+        weight_OI.to(dtype).contiguous(), blocksize=64, compress_statistics=True, quant_type="nf4"
+    )
+    return dequantize(packed, state, dtype)
 
 
 def nf4_lora_linear_reference(

@@ -96,6 +96,14 @@ def fingerprint_base(base: str, revision: str | None = None) -> str:
     return digest.hexdigest()
 
 
+def commit_of(base: str, revision: str | None = None) -> str | None:
+    """Return the commit of a Hub base that is in use here; None for a local folder, which has none."""
+    if local_folder(base) is not None:
+        return None
+    config = fetch(base, "config.json", revision)
+    return config.parent.name if config is not None else None  # a snapshot's folder is named after its commit
+
+
 def read_config(base: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """Return the transformers config of a base, and nothing else of it.
 

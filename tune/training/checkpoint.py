@@ -27,11 +27,11 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load, save
 
-import tune
 from tune.adapters.lora import adapter_bytes, adapter_config_text, read_adapter
 from tune.errors import RunError
 from tune.folder import RunFolder, explain_os_errors, whole, write_folder
 from tune.training.optimizer import NamedParameters, optimizer_state, restore_optimizer
+from tune.versions import versions
 
 
 @dataclass(slots=True)
@@ -67,24 +67,13 @@ class TrainingState:
 
 def machine() -> dict[str, Any]:
     """What bit-equality depends on: kind of machine, thread count and versions."""
-    import bitsandbytes
-    import peft
-    import transformers
-
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "machine": gpu or platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "processes": torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1,
-        "versions": {
-            "tune": tune.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "peft": peft.__version__,
-            "bitsandbytes": bitsandbytes.__version__,
-        },
+        "versions": versions(),
     }
 
 

@@ -88,7 +88,7 @@ class Devices:
         torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
         return int(largest.item())
 
-    def first(self, work: Callable[[], None]) -> None:
+    def first(self, work: Callable[[], object]) -> None:
         """Let the first process alone do `work`; if the user must mend something there, every process ends.
 
         Raises:

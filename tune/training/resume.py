@@ -10,10 +10,10 @@ from typing import Any
 
 from tune.errors import RunError
 from tune.folder import RunFolder
+from tune.progress import Progress
 from tune.recipe.load import load_recipe
 from tune.recipe.schema import Recipe
 from tune.training.checkpoint import TrainingState, machine_differences, newest_whole, read_state
-from tune.training.progress import Progress
 
 MAY_CHANGE = (
     "output",

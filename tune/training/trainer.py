@@ -27,12 +27,12 @@ from tune.errors import RunError, StoppedError, UntrustworthyError
 from tune.evaluation.loss import held_out_loss, rows_of
 from tune.folder import RunFolder
 from tune.planning.memory import RowPlan
+from tune.progress import Progress
 from tune.recipe.schema import Recipe
 from tune.training.checkpoint import TrainingState, prune, restore_checkpoint, save_checkpoint
 from tune.training.devices import Devices
 from tune.training.metrics import Metrics, peak_memory_bytes
 from tune.training.optimizer import build_optimizer, build_scheduler
-from tune.training.progress import Progress
 from tune.training.step import StepResult, row_loss, train_step
 
 

@@ -1,0 +1,83 @@
+"""`tune merge`.
+
+Adds a run's adapter to its base and writes an ordinary model folder: the base's own safetensors files with the same
+names, types and shards, the tokenizer, the chat template that trained, and a generation config that stops where
+training did. Anything that loads a Hugging Face model loads it, without PEFT. One matrix is in memory at a time, so
+the machine needs room on its disk, not in its memory.
+
+`--base original`, the default, adds to the base's own weights. A 4-bit run has never seen those: it was trained on
+their 4-bit form, and the adapter may have learned to make up for it. `--base quantized` merges into the 4-bit form
+instead (unpacked again, in the base's type): exactly the function that was trained. The proof reports how far apart
+the two are on your prompts, so that you can choose.
+
+Every merge ends in a proof, written to `merge-proof.json`: each tensor is read back and held against the base and
+stock PEFT's own adapter; the logits of base and adapter are compared with the merged model's on the run's held-out
+prompts; tokenizer and chat template must give the token ids that training saw. A bound that is not kept ends with exit
+code 3 and a file named UNPROVEN beside the weights.
+
+A merge that was killed goes on where it stopped when the same command is given again. A folder that exists is never
+written into.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from tune.cli.program import command
+from tune.errors import RunError, did_you_mean
+from tune.folder import folder_of
+
+if TYPE_CHECKING:
+    from tune.export.subject import Base
+
+BASES = ("original", "quantized")
+
+
+def merge(run: str, output: str | None, base: str, quiet: bool) -> None:
+    """Merge and prove, and end with the figures and what to type next."""
+    if base not in BASES:
+        raise RunError(f"--base: there is no {base!r}. Write original or quantized.{did_you_mean(base, BASES)}")
+    folder_of(run)  # a wrong name is told before anything is loaded
+
+    from tune.cli.progress import ConsoleProgress, QuietProgress
+    from tune.export.merge import merge as run_merge
+
+    progress = QuietProgress() if quiet else ConsoleProgress()
+    try:
+        merged = run_merge(run, output, cast("Base", base), progress)
+    finally:
+        progress.close()
+    if not quiet:
+        _summarise(merged.folder, merged.proof.content)
+
+
+def _summarise(folder: Path, proof: dict[str, Any]) -> None:
+    weights, logits, words = (proof["bounded"][part] for part in ("weights", "logits", "tokenizer"))
+    largest, divergence, agreement = (logits[name] for name in ("max_abs_difference", "mean_kl", "top1_agreement"))
+    prompts, losses = proof["prompts"], proof["reported"].get("loss")
+    base = "base" if proof["base"] == "original" else "4-bit base"
+    print("\nproof        the merged model is the trained model")
+    print(
+        f"  weights    {weights['adapted']} tensors are {base} plus adapter, rounded once; "
+        f"the other {weights['tensors'] - weights['adapted']} are the {base}'s"
+    )
+    print(
+        f"  logits     max |Δ| {largest['figure']:.2g} (bound {largest['bound']:.2g}), "
+        f"mean KL {divergence['figure']:.2g} (bound {divergence['bound']:.2g}), "
+        f"top-1 {agreement['figure']:.2%} (bound {agreement['bound']:.2%})"
+    )
+    print(f"             over {logits['positions']:,} tokens of {prompts['count']} prompts from the {prompts['from']}")
+    print(f"  tokenizer  {words['equal']} of {words['dialogues']} dialogues become the tokens that trained")
+    between = proof["reported"].get("trained_base")
+    if between:
+        print(
+            f"4-bit base   with the adapter, as it trained, is another model: max |Δ| "
+            f"{between['max_abs_difference']:.2g}, mean KL {between['mean_kl']:.2g}, top-1 "
+            f"{between['top1_agreement']:.2%} from the merged one (--base quantized merges into it)"
+        )
+    if losses:
+        trained = losses.get("trained", losses["adapter"])
+        print(f"loss         {trained:.4f} as trained, {losses['merged']:.4f} merged, on those prompts")
+    print(f"merged       {folder}")
+    print(f'next         {command("generate", str(folder))} "your prompt"')

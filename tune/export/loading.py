@@ -1,0 +1,124 @@
+"""How a published adapter or model is loaded, as code that runs when it is copied."""
+
+from __future__ import annotations
+
+from tune.export.facts import Facts
+from tune.export.prompt import QUESTION
+
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes as --max-lora-rank."""
+
+
+def adapter_loading(facts: Facts) -> str:
+    """The section's text for an adapter: PEFT, transformers, vLLM."""
+    place = facts.repo or "PATH/TO/THIS/FOLDER"
+    base = facts.base or f"PATH/TO/{'THE/BASE' if facts.base_words == 'unknown' else facts.base_words}"
+    with_peft = [
+        *_imports(facts, "from peft import PeftModel"),
+        *_load(facts, "base", base),
+        f'model = PeftModel.from_pretrained(base, "{place}")',
+        *_ask(facts, place),
+    ]
+    with_transformers = [
+        *_imports(facts),
+        *_load(facts, "model", base),
+        f'model.load_adapter("{place}")',
+        *_ask(facts, place),
+    ]
+    name = (facts.repo or "x/adapter").partition("/")[2]
+    adapter = facts.recipe.adapter
+    highest = max([adapter.rank, *adapter.ranks.values()])
+    rank = next((allowed for allowed in _VLLM_RANKS if allowed >= highest), highest)
+    fetch = [f"hf download {place} chat_template.jinja --local-dir ."] if facts.repo else []
+    serve = [
+        *fetch,
+        f"vllm serve {base} --enable-lora --lora-modules {name}={place} --max-lora-rank {rank} \\",
+        f"    --chat-template {'chat_template.jinja' if facts.repo else place + '/chat_template.jinja'}",
+    ]
+    parts = [
+        "With PEFT:",
+        _block("python", with_peft),
+        "With transformers alone (PEFT must be installed):",
+        _block("python", with_transformers),
+        f"With vLLM, where the adapter is the model named `{name}`:",
+        _block("bash", serve),
+    ]
+    if facts.recipe.model.quantization == "nf4":
+        parts.append(
+            "It was trained over the base in NF4, and the code above loads it so. vLLM serves the base as it is, "
+            "which differs a little; `--quantization bitsandbytes` is nearer."
+        )
+    return "\n\n".join(parts)
+
+
+def merged_loading(facts: Facts) -> str:
+    """The section's text for a merged model: transformers, PEFT for the adapter beside it, vLLM."""
+    place = facts.repo or "PATH/TO/THIS/FOLDER"
+    with_transformers = [
+        "import torch",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("{place}", dtype="auto")',
+        *_ask(facts, place),
+    ]
+    parts = [
+        "With transformers:",
+        _block("python", with_transformers),
+        "With vLLM:",
+        _block("bash", [f"vllm serve {place}"]),
+    ]
+    if facts.repo and facts.base:
+        with_peft = [
+            *_imports(facts, "from peft import PeftModel"),
+            *_load(facts, "base", facts.base),
+            f'model = PeftModel.from_pretrained(base, "{place}", subfolder="adapter")',
+            *_ask(facts, place),
+        ]
+        parts += ["The adapter alone is in `adapter/`. With PEFT, over the base:", _block("python", with_peft)]
+    return "\n\n".join(parts)
+
+
+def _block(language: str, lines: list[str]) -> str:
+    return "\n".join([f"```{language}", *lines, "```"])
+
+
+def _imports(facts: Facts, *more: str) -> list[str]:
+    classes = "AutoModelForCausalLM, AutoTokenizer"
+    if facts.recipe.model.quantization == "nf4":
+        classes += ", BitsAndBytesConfig"
+    return ["import torch", *more, f"from transformers import {classes}", ""]
+
+
+def _load(facts: Facts, variable: str, base: str) -> list[str]:
+    """The lines that load the base as it was trained over."""
+    model = facts.recipe.model
+    if model.quantization == "none":
+        return [f'{variable} = AutoModelForCausalLM.from_pretrained("{base}", dtype=torch.{model.dtype})']
+    return [
+        "nf4 = BitsAndBytesConfig(",
+        '    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,',
+        f"    bnb_4bit_compute_dtype=torch.{model.dtype},",
+        ")",
+        f"{variable} = AutoModelForCausalLM.from_pretrained(",
+        f'    "{base}", dtype=torch.{model.dtype}, quantization_config=nf4',
+        ")",
+    ]
+
+
+def _ask(facts: Facts, place: str) -> list[str]:
+    """The lines that ask a question with the template that trained."""
+    system = facts.recipe.data.system
+    messages = [f'{{"role": "user", "content": "{QUESTION}"}}']
+    if system:
+        messages.insert(0, f'{{"role": "system", "content": {system!r}}}')
+    stop = facts.prompt.stop if facts.prompt is not None else None
+    ends = f", eos_token_id=tokenizer.convert_tokens_to_ids({stop!r})" if stop else ""
+    return [
+        f'tokenizer = AutoTokenizer.from_pretrained("{place}")',
+        f"messages = [{', '.join(messages)}]",
+        "ids = tokenizer.apply_chat_template(",
+        '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
+        ")",
+        f"out = model.generate(**ids.to(model.device), max_new_tokens=100, do_sample=False{ends})",
+        'print(tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))',
+    ]

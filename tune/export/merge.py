@@ -1,0 +1,242 @@
+"""`tune merge`: the base's own files with the adapter added, streamed, resumable and proven.
+
+A merged shard is the base's shard with some tensors replaced by others of the same dtype and shape, so names, order,
+header and size stay as they are, and writing one is copying a file: what is not adapted is copied in pieces, what
+is adapted is read, added to in float32, rounded once to the base's dtype, and written. One matrix is in memory at a
+time, however large the model.
+
+    OUTPUT/../.merging-NAME/
+      .lock          an flock, so that it dies with its process
+      journal.json   what is being merged; another base, adapter or mode starts afresh
+      model/         becomes OUTPUT, by a rename, when the proof has been written
+
+A shard appears under its name when it is whole and on the disk; a merge that was killed goes on after the last of
+them. The proof then reads everything back (`tune.export.proof`). If it fails, OUTPUT holds a file named UNPROVEN.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tune.errors import RunError, UntrustworthyError
+from tune.export.proof import PROOF, UNPROVEN, Proof, prove
+from tune.export.subject import Base, Subject, find_subject
+from tune.export.words import write_words
+from tune.folder import explain_os_errors, flush, write_file
+from tune.models.shards import DTYPES, copying, read_header
+from tune.models.streamed import Weights
+from tune.progress import Progress
+
+_JOURNAL = "journal.json"
+_M_MMAP_THRESHOLD = -3
+"""Of mallopt, in glibc's malloc.h."""
+
+_ROWS = 256
+"""Rows of a matrix that are added and written at a time."""
+
+_SPARE = 64 * 2**20
+"""Bytes of room for what is not weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """A merged model on the disk, and its proof."""
+
+    folder: Path
+    proof: Proof
+
+
+def merge(
+    run: str | Path, output: str | Path | None = None, base: Base = "original", progress: Progress | None = None
+) -> Merged:
+    """Merge the adapter of a run into its base, and prove the result.
+
+    Args:
+        run: a run folder, or one of its checkpoints.
+        output: the new folder; none means `merged` in the run folder.
+        base: `original` adds to the base's own weights; `quantized` to the weights that a 4-bit run was trained on.
+        progress: hears what happens.
+
+    Raises:
+        UserError: something in the run, the base or the output is the user's to mend; nothing was lost.
+        UntrustworthyError: the proof failed; the folder holds the model, merge-proof.json and UNPROVEN.
+    """
+    heard = progress or Progress()
+    _return_freed_memory()
+    if output is not None:
+        check_free(Path(output).expanduser())  # before the base is looked at, which may be far away
+    subject = find_subject(run, base)
+    folder = Path(output).expanduser() if output is not None else subject.output
+    check_free(folder)
+    files = subject.checkpoint.files
+    heard.line(f"base {base}, {len(files)} {'file' if len(files) == 1 else 'files'}, "
+               f"{len(subject.checkpoint.places)} tensors")  # fmt: skip
+    with explain_os_errors(folder, "run the same command again: it goes on where it stopped"), _work(folder) as work:
+        model = _begin(work, subject)
+        with heard.phase("merging") as advance:
+            _write_shards(model, subject, advance)
+        types = sorted({subject.checkpoint.places[name].dtype for name in subject.deltas})
+        heard.line(f"merged {len(subject.deltas)} matrices in float32, rounded once to {', '.join(types)}")
+        write_words(model, subject)
+        proof = prove(subject, model, heard)
+        write_file(model / PROOF, proof.to_text())
+        if not proof.holds:
+            write_file(model / UNPROVEN, "\n".join(proof.reasons) + "\n")
+        os.replace(model, folder)
+        flush(folder.parent)
+        shutil.rmtree(work)
+    if not proof.holds:
+        raise UntrustworthyError(
+            f"{folder}: the proof failed, and nobody should use these weights (see {PROOF} there).\n"
+            + "\n".join(proof.reasons)
+        )
+    return Merged(folder, proof)
+
+
+def _return_freed_memory() -> None:
+    """Let the system have back what matrices took when they are gone.
+
+    glibc maps large blocks one by one, and gives them back; but after some were freed it takes the next ones, up to
+    32 MB each, from a heap that it keeps. Said once, 4 MB stay 4 MB. Elsewhere there is no such function, nor need.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 4 * 2**20)
+
+
+def check_free(folder: Path) -> None:
+    """Refuse an output that is there already.
+
+    Raises:
+        RunError: says what it is.
+    """
+    if not os.path.lexists(folder):  # a link that leads nowhere is there too
+        return
+    if (folder / UNPROVEN).exists():
+        raise RunError(f"{folder}: holds a merge whose proof failed. Remove it, or give another --output.")
+    if (folder / PROOF).exists():
+        raise RunError(f"{folder}: holds a proven merge already. Use it, remove it, or give another --output.")
+    raise RunError(f"{folder}: is there already. Remove it, or give another --output.")
+
+
+@contextmanager
+def _work(folder: Path) -> Iterator[Path]:
+    """The hidden folder beside `folder` where the merge is made, held for this process.
+
+    Raises:
+        RunError: another process merges there.
+    """
+    work = folder.parent / f".merging-{folder.name}"
+    work.mkdir(parents=True, exist_ok=True)
+    with open(work / ".lock", "a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"{folder}: another process is merging there. Wait for it.") from None
+        check_free(folder)  # the process that held the lock until now may have just finished
+        yield work
+
+
+def _begin(work: Path, subject: Subject) -> Path:
+    """Return the folder to write into: as a killed merge of the same left it, or empty.
+
+    Raises:
+        RunError: there is not enough room.
+    """
+    journal, model, key = work / _JOURNAL, work / "model", subject.key()
+    if not (journal.is_file() and journal.read_text(encoding="utf-8") == json.dumps({"key": key})):
+        shutil.rmtree(model, ignore_errors=True)
+        write_file(journal, json.dumps({"key": key}))
+    model.mkdir(exist_ok=True)
+    sizes = {file.name: file.stat().st_size for file in subject.checkpoint.files}
+    for path in model.iterdir():  # all but whole shards is quickly made again; an old verdict must not outlive its proof
+        if path.name not in sizes:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    needed = sum(size for name, size in sizes.items() if not (model / name).exists()) + _SPARE
+    free = shutil.disk_usage(work).free
+    if needed > free:
+        raise RunError(
+            f"{work.parent}: the merge needs {needed / 1e9:.1f} GB there and {free / 1e9:.1f} GB are free. "
+            "Free some, or give an --output on another disk."
+        )
+    return model
+
+
+def _write_shards(model: Path, subject: Subject, advance: Callable[[int, int], None]) -> None:
+    """Write the files that are not there yet. One that is there is whole, and the proof reads it anyway."""
+    total = sum(file.stat().st_size for file in subject.checkpoint.files)
+    done = 0
+    weights = subject.weights()
+
+    def rewritten(name: str) -> Iterator[Tensor] | None:
+        return _merged_rows(name, subject, weights) if subject.is_rewritten(name) else None
+
+    for file in subject.checkpoint.files:
+        target = model / file.name
+        if not target.exists():
+            write_shard(file, target, rewritten, partial(_further, advance, done, total))
+        done += file.stat().st_size
+        advance(done, total)
+    if subject.checkpoint.index is not None:
+        write_file(model / subject.checkpoint.index.name, subject.checkpoint.index.read_bytes())
+
+
+def _merged_rows(name: str, subject: Subject, weights: Weights) -> Iterator[Tensor]:
+    """The merged tensor, some rows at a time: W + ΔW in float32, rounded once to the stored type."""
+    exact, delta = weights.whole(name), subject.deltas.get(name)
+    dtype = DTYPES[subject.checkpoint.places[name].dtype]
+    for start in range(0, len(exact), _ROWS) if exact.dim() else (0,):
+        rows = exact[start : start + _ROWS] if exact.dim() else exact
+        if delta is not None:
+            rows += delta.rows(start, start + _ROWS)
+        yield rows.to(dtype)
+
+
+def _further(advance: Callable[[int, int], None], before: int, total: int, written: int) -> None:
+    advance(before + written, total)
+
+
+def write_shard(
+    source: Path,
+    target: Path,
+    rewritten: Callable[[str], Iterator[Tensor] | None],
+    advance: Callable[[int], None] = lambda written: None,
+) -> None:
+    """Copy a safetensors file with some tensors replaced; `target` appears when it is whole and on the disk.
+
+    Args:
+        source: the base's file.
+        target: the new one.
+        rewritten: called with each tensor's name; the new tensor in the stored type, some rows at a time, or None to
+            copy the old one.
+        advance: called with the bytes written so far.
+    """
+    first, places = read_header(source)
+    unfinished = target.with_name(f".unfinished-{target.name}")
+    with open(source, "rb") as old, open(unfinished, "wb") as new:
+        new.writelines(copying(old.fileno(), 0, first))
+        for name, place in places.items():
+            pieces = rewritten(name)
+            new.writelines(copying(old.fileno(), place.start, place.end) if pieces is None else map(_bytes, pieces))
+            assert new.tell() == place.end
+            advance(place.end)
+        new.flush()
+        os.fsync(new.fileno())
+    os.replace(unfinished, target)
+    flush(target.parent)
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return bytes(tensor.contiguous().flatten().view(torch.uint8).numpy().data)

@@ -1,0 +1,125 @@
+"""The weights part of a proof: every tensor of the merged files against the base's and stock PEFT's ΔW."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tune.data.hub import one_line
+from tune.errors import ModelError
+from tune.export.proof.stock import stock_delta, stock_layers, stock_sizes
+from tune.export.subject import Subject
+from tune.models.shards import Checkpoint, checkpoint_in, weight_map
+from tune.models.streamed import StreamedModel
+
+_NAMED = 3
+"""So many tensors are named in a reason; the rest are counted."""
+
+_ROWS = 256
+"""Rows of a matrix that are compared at a time."""
+
+
+def open_merged(folder: Path) -> Checkpoint:
+    """Return a merged checkpoint, whose files safetensors' own reader opens too.
+
+    Raises:
+        ModelError: a file is missing or broken.
+    """
+    merged = checkpoint_in(folder)
+    for file in merged.files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                names = set(opened.keys())
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{file}: safetensors cannot open it ({one_line(error)})") from error
+        if names != {name for name, place in merged.places.items() if place.file == file}:
+            raise ModelError(f"{file}: safetensors finds other tensors in it")
+    return merged
+
+
+def check_weights(
+    subject: Subject,
+    stock: StreamedModel,
+    merged: Checkpoint,
+    reasons: list[str],
+    advance: Callable[[int, int], None],
+) -> dict[str, Any]:
+    """Compare every tensor; add to `reasons` what is wrong, and return the figures.
+
+    Args:
+        subject: what was merged.
+        stock: the base with stock PEFT's adapter.
+        merged: the files on the disk.
+        reasons: why the proof fails, so far.
+        advance: called with the tensors compared and their total.
+    """
+    base, weights, layers = subject.checkpoint, subject.weights(), stock_layers(subject, stock)
+    wrong: dict[str, list[str]] = {}
+    worst, equal = 0.0, 0
+    for done, (name, place) in enumerate(base.places.items()):
+        advance(done, len(base.places))
+        other = merged.places.get(name)
+        if other is None:
+            wrong.setdefault("are missing", []).append(name)
+        elif (other.dtype, other.shape, other.file.name) != (place.dtype, place.shape, place.file.name):
+            wrong.setdefault("have another type, shape or file than in the base", []).append(name)
+        elif name in layers:
+            units = _distance(merged.read(name), weights.whole(name), layers[name])
+            worst = max(worst, units)
+            if not units <= 1:  # NaN included
+                wrong.setdefault("are not the base plus the adapter", []).append(f"{name} ({units:.3g} half units off)")
+        elif subject.is_rewritten(name):
+            if not torch.equal(merged.read(name), weights.whole(name).to(merged.read(name).dtype)):
+                wrong.setdefault("are not those of the 4-bit base", []).append(name)
+        elif not _same_bytes(base, merged, name):
+            wrong.setdefault("should be as in the base and are not", []).append(name)
+        else:
+            equal += 1
+    extra = sorted(merged.places.keys() - base.places.keys())
+    if extra:
+        wrong["are not in the base"] = extra
+    if base.index is not None and merged.index is not None and weight_map(merged.index) != weight_map(base.index):
+        reasons.append(f"weights: {merged.index.name} does not name the tensors that the base's names")
+    for words, names in wrong.items():
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        reasons.append(f"weights: {len(names)} tensors {words}: {', '.join(names[:_NAMED])}{more}")
+    return {
+        "tensors": len(base.places),
+        "adapted": len(layers),
+        "equal_to_base": equal,
+        "largest_error": {"figure": worst, "bound": 1.0, "unit": "half a unit in the last place"},
+    }
+
+
+def _same_bytes(base: Checkpoint, merged: Checkpoint, name: str) -> bool:
+    return all(one == two for one, two in zip_longest(base.chunks(name), merged.chunks(name)))
+
+
+def _distance(merged: Tensor, weight: Tensor, layer: Any) -> float:
+    """The largest error of a merged matrix, where 1 is what rounding W + ΔW once may do.
+
+    Rounding moves a value by half a unit in its last place at most; computing W + ΔW in float32, in whatever order,
+    moves it by some 2⁻²⁴ of the numbers that are summed, for which 2⁻²¹ is allowed.
+    """
+    info = torch.finfo(merged.dtype)
+    digits = round(-math.log2(info.eps))  # of the significand, behind the point
+    smallest = round(math.log2(info.tiny)) + 1
+    rows_O, columns_I = stock_sizes(layer)
+    exact = weight + stock_delta(layer)
+    worst = 0.0
+    for start in range(0, len(merged), _ROWS):
+        part = slice(start, start + _ROWS)
+        found = merged[part].float()
+        exponents = found.frexp().exponent.clamp_min_(smallest)
+        allowed = torch.ldexp(torch.ones_like(found), exponents - 2 - digits)  # half a unit
+        allowed += 2.0**-21 * (weight[part].abs() + torch.outer(rows_O[part], columns_I))
+        error = float(((found - exact[part]).abs() / allowed.clamp_min_(torch.finfo(torch.float32).tiny)).max())
+        worst = error if not error <= worst else worst  # NaN wins, and stays
+    return worst

@@ -1,0 +1,163 @@
+"""What is merged: a run's adapter, the base that it was trained on, and the files of both."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from tune.data.templates.default_system import with_system
+from tune.data.templates.resolve import resolve_template
+from tune.data.tokenizer import load_tokenizer
+from tune.errors import ModelError, RunError
+from tune.export.deltas import Delta, read_deltas
+from tune.folder import RunFolder, folder_of
+from tune.models.hub import fingerprint_base, read_config
+from tune.models.load import check_supported
+from tune.models.shards import DTYPES, Checkpoint, base_checkpoint
+from tune.models.streamed import StreamedModel, TrainedWeights, Weights
+from tune.recipe.load import load_recipe
+from tune.recipe.schema import Recipe
+
+Base = Literal["original", "quantized"]
+"""Which weights the adapter is added to: the base's own, or those that a 4-bit run was trained on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A run, read as far as a merge and its proof need it."""
+
+    run: RunFolder
+    adapter: Path
+    """The PEFT folder: adapter/, or a checkpoint."""
+    recipe: Recipe
+    provenance: dict[str, Any]
+    base: Base
+    config: Any
+    checkpoint: Checkpoint
+    """The original base's files."""
+    model: StreamedModel
+    """Without the adapter."""
+    parameters: frozenset[str]
+    """Stored names of all that the model has a place for; a file may hold more."""
+    deltas: dict[str, Delta]
+    """By the stored name of the matrix that each is added to."""
+    tokenizer: Any
+    template: Any
+
+    @property
+    def output(self) -> Path:
+        """Where the merge goes if nobody says otherwise."""
+        return self.run.merged if self.adapter == self.run.adapter else self.run.root / f"merged-{self.adapter.name}"
+
+    @property
+    def chat_template(self) -> str:
+        """The jinja form of the template that trained, with the system prompt that trained."""
+        return with_system(self.template.jinja, self.recipe.data.system)
+
+    def trained_weights(self) -> TrainedWeights:
+        """The base's parameters as training saw them."""
+        section = self.recipe.model
+        names = self.model.linears() if section.quantization == "nf4" else {}
+        packed = {self.model.stored(self.checkpoint, name) for name in names}
+        return TrainedWeights(self.checkpoint, packed, getattr(torch, section.dtype))
+
+    def weights(self) -> Weights:
+        """The parameters that are merged into."""
+        return Weights(self.checkpoint) if self.base == "original" else self.trained_weights()
+
+    def is_rewritten(self, name: str) -> bool:
+        """Whether the merge may give a stored tensor other values."""
+        return name in self.deltas or (self.base == "quantized" and name in self.parameters)
+
+    def key(self) -> str:
+        """A SHA-256 over all that decides the bytes of the merge."""
+        digest = hashlib.sha256((self.adapter / "adapter_model.safetensors").read_bytes())
+        for part in (
+            (self.adapter / "adapter_config.json").read_text(encoding="utf-8"),
+            self.provenance["base"]["fingerprint"],
+            self.base,
+            self.recipe.model.dtype,
+        ):
+            digest.update(b"\0" + str(part).encode())
+        return digest.hexdigest()
+
+
+def find_subject(path: str | Path, base: Base) -> Subject:
+    """Read a run and its base, without weights.
+
+    Raises:
+        RunError: there is no run, or nothing of it to merge.
+        ModelError: the base is gone, broken or another one than was trained on, or the adapter does not fit it.
+    """
+    run, adapter = folder_of(path)
+    recipe = load_recipe(run.recipe)
+    section = recipe.model
+    if base == "quantized" and section.quantization == "none":
+        raise RunError(
+            f"{path}: was trained on a base that was not quantised, so there is no quantised one to merge into. "
+            "Leave out --base."
+        )
+    provenance = run.read_provenance()
+    config = read_config(section.base, section.revision, section.trust_remote_code)
+    check_supported(section, config)
+    now = fingerprint_base(section.base, section.revision)
+    if now != provenance["base"]["fingerprint"]:
+        raise ModelError(
+            f"model.base: {section.base} is not the base that {run.root} was trained on (fingerprint was "
+            f"{provenance['base']['fingerprint'][:12]}, is {now[:12]}). Put the old files back, or train anew."
+        )
+    checkpoint = base_checkpoint(section)
+    model = StreamedModel(config, section.base, section.trust_remote_code)
+    parameters = model.check(checkpoint)
+    # Those saved with the adapter are those that trained; the base's, and a template's file, may have changed since.
+    saved = (run.adapter / "tokenizer_config.json").is_file()
+    from_file = saved and recipe.data.template.endswith(".jinja")
+    tokenizer = load_tokenizer(
+        str(run.adapter) if saved else section.base,
+        revision=None if saved else section.revision,
+        trust_remote_code=section.trust_remote_code,
+    )
+    rows = model.embedding.weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"{adapter}: its tokenizer has {len(tokenizer)} tokens and the base {rows} embeddings. "
+            "This version does not merge added tokens."
+        )
+    return Subject(
+        run=run,
+        adapter=adapter,
+        recipe=recipe,
+        provenance=provenance,
+        base=base,
+        config=config,
+        checkpoint=checkpoint,
+        model=model,
+        parameters=parameters,
+        deltas=_stored(read_deltas(adapter), model, checkpoint, adapter),
+        tokenizer=tokenizer,
+        template=resolve_template("tokenizer" if from_file else recipe.data.template, tokenizer),
+    )
+
+
+def _stored(deltas: dict[str, Delta], model: StreamedModel, checkpoint: Checkpoint, adapter: Path) -> dict[str, Delta]:
+    """The deltas by the stored names of their matrices, each checked against its matrix."""
+    linears = model.linears()
+    stored: dict[str, Delta] = {}
+    for module, delta in deltas.items():
+        if module not in linears:
+            raise ModelError(f"{adapter}: adapts {module}, which is no linear layer of {model.name}.")
+        name = model.stored(checkpoint, module)
+        place = checkpoint.places[name]
+        if place.shape != delta.shape:
+            raise ModelError(
+                f"{adapter}: changes {module} by a matrix {list(delta.shape)}, and {model.name} has one of "
+                f"{list(place.shape)} there. It belongs to another base."
+            )
+        if place.dtype not in DTYPES:
+            raise ModelError(f"{place.file}: {name} is of type {place.dtype}, which a delta cannot be added to.")
+        stored[name] = delta
+    return stored

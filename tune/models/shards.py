@@ -1,0 +1,232 @@
+"""A checkpoint on the disk as it is: which file holds which tensor, read one tensor at a time.
+
+safetensors' own reader maps whole files into memory, so a process that walks through a checkpoint grows with it.
+Here the headers are parsed (8 bytes of length, a JSON object, then the tensors) and tensors are read by their place.
+The format is described at https://huggingface.co/docs/safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tune.errors import ModelError, did_you_mean
+from tune.models.hub import fetch, local_folder
+from tune.recipe import schema
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""The floating-point types that a delta can be added to, by their names in a header."""
+
+_LONGEST_HEADER = 100_000_000
+_COPY = 8 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor is: its file, and its bytes there."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The safetensors files of one model."""
+
+    files: tuple[Path, ...]
+    """In the order of their names."""
+    index: Path | None
+    """The index of a sharded checkpoint."""
+    places: dict[str, Place]
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor in its stored dtype, on the CPU."""
+        return self.rows(name, 0, self.places[name].shape[0] if self.places[name].shape else 1)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Return rows `start` to `stop` (along the first dimension) of one tensor in its stored dtype.
+
+        Raises:
+            ModelError: the tensor is of no floating-point type that can be computed with, or its file has changed.
+        """
+        place = self.places[name]
+        dtype = DTYPES.get(place.dtype)
+        if dtype is None:
+            raise ModelError(f"{place.file}: {name} is of type {place.dtype}, which cannot be computed with.")
+        shape = place.shape or (1,)
+        row = (place.end - place.start) // max(shape[0], 1)
+        data = bytearray((stop - start) * row)
+        with open(place.file, "rb", buffering=0) as file:
+            file.seek(place.start + start * row)
+            if file.readinto(data) != len(data):
+                raise ModelError(f"{place.file}: ends within {name}. Copy it again.")
+        if not data:
+            return torch.empty((stop - start, *shape[1:]), dtype=dtype)
+        tensor = torch.frombuffer(data, dtype=dtype).view(stop - start, *shape[1:])
+        return tensor if place.shape else tensor[0]
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """Yield the bytes of one tensor, some megabytes at a time."""
+        place = self.places[name]
+        with open(place.file, "rb", buffering=0) as file:
+            yield from copying(file.fileno(), place.start, place.end)
+
+    def find(self, module: str, prefix: str, parameter: str = "weight") -> str | None:
+        """Return the stored name of a module's parameter, or None.
+
+        Some checkpoints leave out the prefix of the model under the output head (BLOOM), or have it where the
+        model does not.
+
+        Args:
+            module: its full name in the transformers model; empty for the model itself.
+            prefix: the model's `base_model_prefix`.
+            parameter: the parameter's name in the module.
+        """
+        name = f"{module}.{parameter}" if module else parameter
+        for candidate in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
+            if candidate in self.places:
+                return candidate
+        return None
+
+
+def copying(descriptor: int, start: int, end: int) -> Iterator[bytes]:
+    """Yield the bytes from `start` to `end` of an open file.
+
+    Raises:
+        EOFError: it ends before.
+    """
+    while start < end:
+        data = os.pread(descriptor, min(_COPY, end - start), start)
+        if not data:
+            raise EOFError
+        yield data
+        start += len(data)
+
+
+def read_header(path: Path) -> tuple[int, dict[str, Place]]:
+    """Return where the tensors of a safetensors file begin, and their places in the order of their bytes.
+
+    Raises:
+        ModelError: it is no safetensors file, or a part of it is missing.
+    """
+
+    def broken(words: str) -> ModelError:
+        return ModelError(f"{path}: {words}. The download or copy may be incomplete: copy it again.")
+
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _LONGEST_HEADER):
+                raise broken("is no whole safetensors file")
+            header = dict(json.loads(file.read(length)))
+        header.pop("__metadata__", None)
+        first = 8 + length
+        places = {
+            name: Place(path, entry["dtype"], tuple(entry["shape"]), *(first + at for at in entry["data_offsets"]))
+            for name, entry in header.items()
+        }
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror}).") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise broken("has a header that is no safetensors header") from error
+    ordered = dict(sorted(places.items(), key=lambda item: (item[1].start, item[1].end)))
+    at = first
+    for name, place in ordered.items():
+        if place.start != at or place.end < place.start:
+            raise broken(f"has a hole before {name}")
+        at = place.end
+    if at != size:
+        raise broken(f"is {size:,} bytes long and should be {at:,}")
+    return first, ordered
+
+
+def read_checkpoint(single: Path | None, index: Path | None, shards: dict[str, Path]) -> Checkpoint:
+    """Read the headers of a checkpoint: one file, or the shards that an index names.
+
+    Raises:
+        ModelError: a file is broken, or index and shards disagree.
+    """
+    files = (single,) if single is not None else tuple(shards[name] for name in sorted(shards))
+    places: dict[str, Place] = {}
+    for file in files:
+        for name, place in read_header(file)[1].items():
+            if name in places:
+                raise ModelError(f"{file}: holds {name}, and so does {places[name].file.name}. Copy both again.")
+            places[name] = place
+    if index is not None:
+        for name, shard in weight_map(index).items():
+            if name not in places or places[name].file != shards[shard]:
+                raise ModelError(f"{index}: says that {name} is in {shard}, and it is not. Copy both again.")
+    return Checkpoint(files, index, places)
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """Return the shard of each tensor, as the index of a sharded checkpoint says.
+
+    Raises:
+        ModelError: it is no index, or names a file outside its folder.
+    """
+    try:
+        found = {str(name): str(shard) for name, shard in json.loads(index.read_bytes())["weight_map"].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ModelError(f"{index}: is no index of a checkpoint ({error}). Copy it again.") from error
+    for shard in found.values():
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise ModelError(f"{index}: names {shard!r}, which is no safetensors file beside it. Copy it again.")
+    if not found:
+        raise ModelError(f"{index}: names no tensors. Copy it again.")
+    return found
+
+
+def checkpoint_in(folder: Path) -> Checkpoint:
+    """Return the checkpoint in a local folder; `model.safetensors` comes before an index, as in transformers.
+
+    Raises:
+        ModelError: there is none, or it is broken.
+    """
+    if (folder / SINGLE).is_file():
+        return read_checkpoint(folder / SINGLE, None, {})
+    if not (folder / INDEX).is_file():
+        names = [path.name for path in folder.glob("*.safetensors*")]
+        raise ModelError(
+            f"{folder}: holds neither {SINGLE} nor {INDEX}.{did_you_mean(SINGLE, names)} "
+            "Save the model with transformers, or copy it again."
+        )
+    shards = {name: folder / name for name in set(weight_map(folder / INDEX).values())}
+    return read_checkpoint(None, folder / INDEX, shards)
+
+
+def base_checkpoint(section: schema.Model) -> Checkpoint:
+    """Return the checkpoint of a recipe's base; what is missing of a Hub base is downloaded.
+
+    Raises:
+        ModelError: it is not there, not permitted or broken.
+    """
+    folder = local_folder(section.base)
+    if folder is not None:
+        return checkpoint_in(folder)
+    single = fetch(section.base, SINGLE, section.revision)
+    if single is not None:
+        return read_checkpoint(single, None, {})
+    index = fetch(section.base, INDEX, section.revision)
+    if index is None:
+        raise ModelError(f"model.base: {section.base} on the Hub holds no safetensors weights. Use a base that does.")
+    shards: dict[str, Path] = {}
+    for name in sorted(set(weight_map(index).values())):
+        found = fetch(section.base, name, section.revision)
+        if found is None:
+            raise ModelError(f"model.base: {section.base} on the Hub lacks {name}, which its index names.")
+        shards[name] = found
+    return read_checkpoint(None, index, shards)

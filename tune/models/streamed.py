@@ -1,0 +1,248 @@
+"""A model run straight from its files, one matrix in memory at a time.
+
+The model is built without weights. When a module is called, its own parameters are read and given to it in float32;
+when it returns, they are let go. So a model of any size runs in the memory of its largest matrix and of its
+activations, and each forward reads every file once: slow for many short calls, right for one long one.
+
+The output head is not run: what it would be given is kept, so that logits can be computed for some positions at a
+time (`head_logits`). A vocabulary times a thousand positions is the largest tensor there is.
+
+Which numbers a module gets is the caller's: `Weights` reads a checkpoint as it is, and a subclass may change a
+matrix on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tune.errors import ModelError
+from tune.kernels.nf4_linear import as_trained
+from tune.models.hub import quiet_transformers
+from tune.models.shards import Checkpoint
+
+_VOCABULARY_ROWS = 4096
+
+
+def compute_device() -> torch.device:
+    """Where a streamed model is computed: on a GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Weights:
+    """The parameters of a model by their stored names, in float32."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+
+    def whole(self, name: str) -> Tensor:
+        """Return one tensor in float32, on the CPU."""
+        return self.checkpoint.read(name).float()
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Return some rows of one tensor that is never changed on the way: an embedding or an output head."""
+        return self.checkpoint.rows(name, start, stop).float()
+
+
+class TrainedWeights(Weights):
+    """The parameters as a run with a 4-bit base saw them.
+
+    Args:
+        checkpoint: the original base.
+        packed: stored names of the matrices that are held in NF4.
+        dtype: the recipe's model.dtype, which a matrix is cast to before it is packed and after it is unpacked.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, packed: set[str], dtype: torch.dtype) -> None:
+        super().__init__(checkpoint)
+        self.packed, self.dtype = packed, dtype
+
+    def whole(self, name: str) -> Tensor:
+        weight = self.checkpoint.read(name)
+        if name not in self.packed:
+            return weight.to(self.dtype).float()
+        return as_trained(weight.to(compute_device()), self.dtype).cpu().float()
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self.checkpoint.rows(name, start, stop).to(self.dtype).float()
+
+
+class StreamedModel:
+    """A causal language model without weights of its own, ready to be run with any.
+
+    Args:
+        config: the transformers config.
+        name: of the model, for messages.
+        trust_remote_code: whether code that comes with it may run.
+
+    Raises:
+        ModelError: the config describes no model that can be built.
+    """
+
+    def __init__(self, config: Any, name: str, trust_remote_code: bool = False) -> None:
+        from accelerate import init_empty_weights
+        from transformers import AutoModelForCausalLM
+
+        try:
+            # Buffers are real: most are computed from the config, such as the frequencies of the positions.
+            with quiet_transformers(), init_empty_weights(include_buffers=False):
+                self.model = AutoModelForCausalLM.from_config(
+                    config, dtype=torch.float32, trust_remote_code=trust_remote_code
+                )
+        except (ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+            raise ModelError(f"{name}: the model that its config.json describes cannot be built ({error}).") from error
+        self.model.tie_weights()  # the context above gave every module parameters of its own
+        self.model.eval().requires_grad_(False)
+        self.name = name
+        self.prefix = str(self.model.base_model_prefix)
+        self.head: Any = self.model.get_output_embeddings()
+        self.embedding: Any = self.model.get_input_embeddings()
+        self.tied = self.head.weight is self.embedding.weight
+        self.vocabulary = int(self.head.weight.shape[0])
+        # Names in the model as it was built: an adapter that is attached later puts other modules around these.
+        self.modules = dict(self.model.named_modules())
+
+    def linears(self) -> dict[str, nn.Linear]:
+        """Return the linear layers by name, without the output head: those that a 4-bit base holds in NF4."""
+        return {
+            name: module
+            for name, module in self.modules.items()
+            if isinstance(module, nn.Linear) and module is not self.head
+        }
+
+    def stored(self, checkpoint: Checkpoint, module: str, parameter: str = "weight") -> str:
+        """Return the name under which a checkpoint holds a parameter.
+
+        Raises:
+            ModelError: it does not.
+        """
+        found = checkpoint.find(module, self.prefix, parameter)
+        if found is None and self.tied and self.modules[module] is self.head and parameter == "weight":
+            names = [name for name, other in self.modules.items() if other is self.embedding]
+            found = checkpoint.find(names[0], self.prefix)
+        if found is None:
+            raise ModelError(f"{self.name}: the checkpoint lacks {module}.{parameter}, which config.json describes.")
+        return found
+
+    def check(self, checkpoint: Checkpoint) -> frozenset[str]:
+        """Return the stored names of all parameters; refuse a checkpoint that lacks one, or holds another shape.
+
+        Raises:
+            ModelError: names it.
+        """
+        found = set()
+        for name, module in self.modules.items():
+            for parameter, value in module.named_parameters(recurse=False):
+                stored = self.stored(checkpoint, name, parameter)
+                found.add(stored)
+                shape = checkpoint.places[stored].shape
+                if shape != tuple(value.shape):
+                    raise ModelError(f"{self.name}: {stored} has shape {list(shape)}, not {list(value.shape)}.")
+        return frozenset(found)
+
+    @torch.inference_mode()
+    def last_hidden(self, weights: Weights, prompts: Sequence[np.ndarray], device: torch.device) -> Tensor:
+        """Run prompts through all but the output head.
+
+        Args:
+            weights: the parameters to run with.
+            prompts: token ids, [tokens] each.
+            device: where it is computed, in float32.
+
+        Returns:
+            [tokens of all prompts, hidden], float32 on `device`: what the head would be given, prompt after prompt.
+        """
+        width = max(len(prompt) for prompt in prompts)
+        ids = torch.zeros(len(prompts), width, dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt)] = torch.from_numpy(np.asarray(prompt, dtype=np.int64))
+        kept: list[Tensor] = []
+        remove = self._hook(weights, kept.append, device)
+        try:
+            for name, buffer in list(self.model.named_buffers()):
+                owner, _, last = name.rpartition(".")
+                self.model.get_submodule(owner)._buffers[last] = buffer.to(device)
+            # What follows a prompt is padding, which no token of a causal model looks at: no mask is needed.
+            self.model(input_ids=ids.to(device), use_cache=False)
+        finally:
+            remove()
+        assert [tuple(hidden.shape[:2]) for hidden in kept] == [tuple(ids.shape)]
+        return torch.cat([kept[0][row, : len(prompt)] for row, prompt in enumerate(prompts)])
+
+    def _hook(self, weights: Weights, keep: Callable[[Tensor], None], device: torch.device) -> Callable[[], None]:
+        """Give every module its parameters while it runs; return what undoes this."""
+        handles: list[Any] = []
+        for name, module in self.modules.items():
+            if module is self.head:
+                self.head.forward = _keeping(keep)
+            elif module is self.embedding and type(module) is nn.Embedding:
+                self.embedding.forward = partial(_look_up, weights, self.stored(weights.checkpoint, name))
+            elif any(True for _ in module.named_parameters(recurse=False)):
+                stored_names = {
+                    parameter: self.stored(weights.checkpoint, name, parameter)
+                    for parameter, _ in module.named_parameters(recurse=False)
+                }
+                handles.append(module.register_forward_pre_hook(_filling(weights, stored_names, device)))
+                handles.append(module.register_forward_hook(_emptying(dict(module._parameters))))
+
+        def remove() -> None:
+            for handle in handles:
+                handle.remove()
+            for module in (self.head, self.embedding):
+                vars(module).pop("forward", None)
+
+        return remove
+
+    @torch.inference_mode()
+    def head_logits(self, weights: Weights, hidden_TH: Tensor) -> Tensor:
+        """Return the logits [tokens, vocabulary] of some positions, in float32.
+
+        The head is read some thousand rows at a time.
+        """
+        name = next(name for name, module in self.modules.items() if module is self.head)
+        stored = self.stored(weights.checkpoint, name)
+        count = weights.checkpoint.places[stored].shape[0]
+        logits = hidden_TH.new_empty(len(hidden_TH), count)
+        for start in range(0, count, _VOCABULARY_ROWS):
+            stop = min(start + _VOCABULARY_ROWS, count)
+            logits[:, start:stop] = hidden_TH @ weights.rows(stored, start, stop).to(hidden_TH.device).T
+        if getattr(self.head, "bias", None) is not None:
+            logits += weights.whole(self.stored(weights.checkpoint, name, "bias")).to(logits.device)
+        return logits
+
+
+def _keeping(keep: Callable[[Tensor], None]) -> Callable[[Tensor], Tensor]:
+    """In the head's place: neither its weight nor the logits come to be."""
+
+    def forward(hidden: Tensor) -> Tensor:
+        keep(hidden)
+        return hidden
+
+    return forward
+
+
+def _look_up(weights: Weights, stored: str, ids: Tensor) -> Tensor:
+    """The embeddings of some tokens, without the rest of the matrix."""
+    tokens = sorted(set(ids.flatten().tolist()))
+    rows = torch.cat([weights.rows(stored, token, token + 1) for token in tokens])
+    return rows[torch.bucketize(ids.cpu(), torch.tensor(tokens))].to(ids.device)
+
+
+def _filling(weights: Weights, stored: dict[str, str], device: torch.device) -> Callable[..., None]:
+    def fill(module: nn.Module, _: Any) -> None:
+        for parameter, name in stored.items():
+            module._parameters[parameter] = nn.Parameter(weights.whole(name).to(device), requires_grad=False)
+
+    return fill
+
+
+def _emptying(empty: dict[str, nn.Parameter | None]) -> Callable[..., None]:
+    def drop(module: nn.Module, *_: Any) -> None:
+        module._parameters.update(empty)
+
+    return drop
