@@ -266,6 +266,7 @@ def convert(gguf_file: Path, folder: Path) -> dict[str, float]:
 def write_readme(folder: Path) -> None:
     """Say in the folder itself where these weights come from, since they are not the original checkpoint."""
     (folder / "README.md").write_text(
+        "---\nlicense: apache-2.0\n---\n\n"
         "# SmolLM2-135M-Instruct, dequantised, in Mistral form\n\n"
         f"Made by `scripts/smollm2.py` from the GGUF file (Q4_1, embedding Q8_0) in the Python package `{PACKAGE}`.\n"
         "The weights are that 4-bit file written out as bfloat16; they are not the original checkpoint and answer a\n"

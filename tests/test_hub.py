@@ -8,8 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.hub import standing_in
+from tests.hub import COMMIT, standing_in
 from tests.training.jobs import tiny_recipe, write_rows
+from tune.recipe.load import load_recipe
 from tune.run import train
 
 
@@ -42,3 +43,9 @@ def test_a_run_takes_base_data_and_adapter_from_the_hub_and_then_works_offline(t
     assert done.returncode == 0, done.stderr
     files = [tmp_path / name / "adapter/adapter_model.safetensors" for name in ("runs/hub", "again")]
     assert files[0].read_bytes() == files[1].read_bytes()
+    # The run holds on to the commit that it was trained on, and its merge finds it in the cache.
+    assert load_recipe(tmp_path / "again/recipe.yaml").model.revision == COMMIT
+    merge = [sys.executable, "-m", "tune", "merge", "again"]
+    done = subprocess.run(merge, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "the merged model is the trained model" in done.stdout

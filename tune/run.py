@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tune.errors import RecipeError, RunError, UntrustworthyError
+from tune.errors import RecipeError, RunError, UntrustworthyError, UserError
 from tune.folder import RunFolder, explain_os_errors, whole, write_file
 from tune.recipe.later import refusals
 from tune.recipe.load import load_recipe, recipe_to_yaml
@@ -83,6 +83,7 @@ def _train_locked(recipe: Recipe, resume: bool, run: RunFolder, devices: Devices
     from tune.adapters.start import find_start
     from tune.data.load import load_data
     from tune.data.tokenizer import load_tokenizer
+    from tune.export.push import check_push, push_command
     from tune.models.hub import fingerprint_base, read_config
     from tune.models.load import check_supported
     from tune.training.metrics import check_trackers
@@ -92,6 +93,9 @@ def _train_locked(recipe: Recipe, resume: bool, run: RunFolder, devices: Devices
     from tune.training.trainer import Job, Trainer
 
     devices.first(lambda: run.check_start(resume))
+    finished = run.read_finished()
+    if finished is None:
+        devices.first(lambda: check_push(recipe.push, run))
     if resume and not run.recipe.is_file():
         progress.line("resume from step 0: there is no run yet")
     check_optimizer(recipe.train, devices.device)
@@ -109,10 +113,13 @@ def _train_locked(recipe: Recipe, resume: bool, run: RunFolder, devices: Devices
     state = None
     if run.recipe.is_file():
         longer = check_same(run, recipe)
-        finished = run.read_finished()
         if finished is not None and not longer:
+            if recipe.push.repo is not None:
+                progress.line(f"not published again. To publish it: {push_command(recipe.push, run)}")
             devices.first(lambda: remember(run, recipe, data, tokenizer, base_fingerprint, again=False))
             return _already(run, finished)
+        if finished is not None:
+            devices.first(lambda: check_push(recipe.push, run))
         state = find_checkpoint(run, data.fingerprint, base_fingerprint, progress)
     start = find_start(recipe.adapter.start_from) if recipe.adapter.start_from is not None and state is None else None
     devices.wait()  # nobody changes the folder while another process still reads it
@@ -128,6 +135,8 @@ def _train_locked(recipe: Recipe, resume: bool, run: RunFolder, devices: Devices
     state = trainer.run()
     result = _result(recipe, run, state, data.eval is not None, devices)
     devices.first(lambda: _finish(run, recipe, tokenizer, data.template, result))
+    if devices.is_main:  # the others need not wait: no work in common follows
+        _publish(recipe, run, progress)
     return result
 
 
@@ -275,3 +284,23 @@ def _finish(run: RunFolder, recipe: Recipe, tokenizer: Any, template: Any, resul
         write_adapter(run.adapter, chosen, tokenizer, with_system(template.jinja, recipe.data.system), card)
         summary = {key: value for key, value in asdict(result).items() if key != "already"}
         write_file(run.finished, json.dumps(summary, indent=1) + "\n")
+
+
+def _publish(recipe: Recipe, run: RunFolder, progress: Progress) -> None:
+    """Do what the recipe's `push` asks for: merge, prove, upload. The run is finished whatever comes of it."""
+    from tune.export.merge import merge
+    from tune.export.push import push_at_end, push_command
+
+    if recipe.push.repo is None:
+        return
+    if recipe.push.merged:
+        try:
+            merge(run.root, progress=progress)
+        except UserError as error:
+            raise RunError(
+                f"{error}\nThe run is finished, and not published. Merge it with `tune merge {run.root}`, then "
+                f"publish it: {push_command(recipe.push, run)}"
+            ) from error
+    pushed = push_at_end(recipe.push, run, progress.line, progress.warn)
+    if pushed is not None:
+        progress.line(f"published {pushed.url}")

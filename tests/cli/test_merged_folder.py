@@ -64,6 +64,12 @@ def test_a_run_that_was_merged_still_answers_with_its_adapter(here: Path, capfd:
     assert said(capfd, "generate", "run", "hi") == (adapted, "")
 
 
+def test_a_published_model_with_its_recipe_is_a_model(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    answer = said(capfd, *GENERATE)
+    shutil.copy("run/recipe.yaml", "model/recipe.yaml")
+    assert said(capfd, *GENERATE) == answer
+
+
 def test_an_unproven_merge_answers_after_a_warning(
     here: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,8 +39,8 @@ def test_check_prints_the_numbers_and_the_warnings(recipe, capsys):
 
 
 def test_check_refuses_what_is_not_built(recipe):
-    with pytest.raises(RecipeError, match="push"):
-        check(str(recipe), ["push.repo=a/b"], quiet=True)
+    with pytest.raises(RecipeError, match="add_tokens"):
+        check(str(recipe), ["data.add_tokens=true"], quiet=True)
 
 
 def test_preview_marks_what_is_trained(recipe, capsys):

@@ -17,7 +17,6 @@ SMALLEST = ["model.base=some/model", "data.train=a.jsonl"]
         ("adapter.targets=[attention, experts]", "adapter.targets: experts are not"),
         ("adapter.targets=[router]", "adapter.targets: a router is not"),
         ("router.train=full", "router.train: "),
-        ("push.repo=me/mine", "push.repo: publishing is not"),
         ("train.recompute=experts", "train.recompute: "),
         ("data.add_tokens=true", "data.add_tokens: "),
         ("data.template=own.jinja", "data.template: a template of your own is not in this version (own.jinja)."),

@@ -10,6 +10,13 @@ that its config names (float16 as float32, which rounds nothing). It has no adap
 
 A merge whose proof failed has a file UNPROVEN beside its weights: it answers after a warning, since its answers may
 not be the run's.
+
+## Example
+
+```
+$ tune generate runs/quickstart "How do I keep my feet warm in winter?"
+Ahoy, friend! Wear warm socks, keep your feet warm with a towel, and keep them dry. Fair winds, Wren of Gull Rock.
+```
 """
 
 from __future__ import annotations

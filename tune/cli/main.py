@@ -140,7 +140,7 @@ def merge(
 def push(
     run: RunPath,
     repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository on the Hub.")],
-    merged: Annotated[bool, typer.Option("--merged", help="Publish the merged model instead of the adapter.")] = False,
+    merged: Annotated[bool, typer.Option("--merged", help="The merged model, with the adapter in adapter/.")] = False,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show all that would be sent, and send nothing.")] = False,
     base_model: Annotated[
@@ -204,8 +204,10 @@ def _run(arguments: list[str] | None) -> int:
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except TuneError as error:
+        from tune.export.secrets import redact  # a secret may stand in a path, or in what a library said
+
         if not (isinstance(error, StoppedError) and int(os.environ.get("RANK", "0"))):
-            print(error, file=sys.stderr)
+            print(redact(str(error)), file=sys.stderr)
         return error.exit_code
     except _UsageError as error:
         print(_usage(error), file=sys.stderr)

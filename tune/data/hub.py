@@ -69,6 +69,13 @@ def explain(error: Exception, name: str, key: str, *, kind: str = "model", revis
     return None
 
 
+def transport_error() -> type[Exception]:
+    """The base of every error of the Hub client's transport, whichever library its release uses."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return HfHubHTTPError.__mro__[1]
+
+
 def refused_at_once(name: str, key: str, revision: str | None = None) -> str | None:
     """Ask the Hub once for the data set `name` when nothing of it is cached; return a refusal's message, or None.
 

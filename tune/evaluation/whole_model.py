@@ -7,9 +7,14 @@ from pathlib import Path
 
 
 def is_whole_model(path: str | Path) -> bool:
-    """Whether a folder is a model rather than a run; a run that holds a merged model too is a run."""
+    """Whether a folder is a model rather than a run.
+
+    A run that holds a merged model too is a run; a model that was published with its recipe is a model.
+    """
     folder = Path(path).expanduser()
-    return os.path.isfile(folder / "config.json") and not os.path.isfile(folder / "recipe.yaml")
+    if not os.path.isfile(folder / "config.json"):
+        return False
+    return not os.path.isfile(folder / "recipe.yaml") or any(folder.glob("*.safetensors"))
 
 
 def is_unproven(path: str | Path) -> bool:

@@ -1,1 +1,1 @@
-"""What leaves a run: for now, the adapter folder and its card."""
+"""What leaves a run: adapter folder, merged model with its proof, model card, publication."""

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tune.data.hub import transport_error
 from tune.errors import RunError, did_you_mean
 from tune.export.secrets import redact
 
@@ -114,13 +115,9 @@ def asking(repo: str, sending: bool = False) -> Iterator[None]:
         repo: OWNER/NAME.
         sending: whether something is being sent, and not only asked for.
     """
-    from huggingface_hub.errors import HfHubHTTPError
-
-    # Every error of the client's transport, under whichever name this release of it has for its library.
-    transport: type[Exception] = HfHubHTTPError.__mro__[1]
     try:
         yield
-    except (OSError, RuntimeError, ValueError, transport) as error:
+    except (OSError, RuntimeError, ValueError, transport_error()) as error:
         raise RunError(redact(f"{repo}: {_explained(error, repo, sending)}")) from error
 
 

@@ -111,7 +111,7 @@ def _title(facts: Facts) -> str:
     version = facts.versions.get("tune")
     named = facts.base_words != "unknown"
     if facts.kind == "merged":
-        title = name or f"{facts.base_words if named else 'A base'}, fine-tuned"
+        title = name or f"{facts.base_words + ', fine-tuned' if named else 'A fine-tuned model'}"
         what = f"{_base(facts) if named else 'A base'} with a LoRA adapter merged into it. The adapter was"
     else:
         title = name or "LoRA adapter" + (f" for {facts.base_words}" if named else "")

@@ -54,7 +54,7 @@ def read_deltas(folder: Path) -> dict[str, Delta]:
         if other not in tensors or not name.startswith(_BEFORE):
             raise ModelError(f"{path}: {name} has no {other}. The copy may be incomplete.")
         a_RI, b_OR = tensors.pop(name), tensors.pop(other)
-        if a_RI.dim() != 2 or b_OR.dim() != 2 or a_RI.shape[0] != b_OR.shape[1]:
+        if a_RI.dim() != 2 or b_OR.dim() != 2 or not 0 < a_RI.shape[0] == b_OR.shape[1]:
             raise ModelError(f"{path}: {name} {list(a_RI.shape)} and {other} {list(b_OR.shape)} do not fit together.")
         if not (a_RI.isfinite().all() and b_OR.isfinite().all()):
             raise ModelError(f"{path}: {name} or {other} holds NaN or infinity: the training diverged. Merge another.")

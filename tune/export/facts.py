@@ -187,11 +187,11 @@ def _data_licences(recipe: Recipe, online: bool) -> dict[str, Licence]:
 def _where_base_is(recipe: Recipe, provenance: dict[str, Any]) -> tuple[str | None, Path | None]:
     """The base's commit on the Hub, or None; its folder on this machine, or None."""
     folder = Path(recipe.model.base).expanduser()
-    if folder.is_dir():
-        return None, folder
     noted = provenance.get("base", {})
-    commit = noted.get("commit") or noted.get("revision")
-    return commit or recipe.model.revision, None
+    # A folder has no commit; it may not be found from here, and its name may read like one of the Hub.
+    if folder.is_dir() or ("commit" in noted and noted["commit"] is None):
+        return None, folder
+    return noted.get("commit") or recipe.model.revision, None
 
 
 def _base_name(recipe: Recipe, folder: Path | None, given: str | None) -> str | None:

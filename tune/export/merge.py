@@ -32,7 +32,9 @@ import torch
 from torch import Tensor
 
 from tune.errors import RunError, UntrustworthyError
+from tune.export.card import merged_card
 from tune.export.proof import PROOF, UNPROVEN, Proof, prove
+from tune.export.proof.stock import with_stock_adapter
 from tune.export.subject import Base, Subject, find_subject
 from tune.export.words import write_words
 from tune.folder import explain_os_errors, flush, write_file
@@ -81,6 +83,7 @@ def merge(
     subject = find_subject(run, base)
     folder = Path(output).expanduser() if output is not None else subject.output
     check_free(folder)
+    with_stock_adapter(subject, torch.device("cpu"))  # an adapter that it refuses could not be proven
     files = subject.checkpoint.files
     heard.line(f"base {base}, {len(files)} {'file' if len(files) == 1 else 'files'}, "
                f"{len(subject.checkpoint.places)} tensors")  # fmt: skip
@@ -93,6 +96,7 @@ def merge(
         write_words(model, subject)
         proof = prove(subject, model, heard)
         write_file(model / PROOF, proof.to_text())
+        write_file(model / "README.md", merged_card(subject.run, subject.adapter, proof.content))
         if not proof.holds:
             write_file(model / UNPROVEN, "\n".join(proof.reasons) + "\n")
         os.replace(model, folder)
@@ -139,7 +143,10 @@ def _work(folder: Path) -> Iterator[Path]:
         RunError: another process merges there.
     """
     work = folder.parent / f".merging-{folder.name}"
-    work.mkdir(parents=True, exist_ok=True)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError:  # as /proc answers
+        raise RunError(f"{folder.parent}: no folder can be made there. Give another --output.") from None
     with open(work / ".lock", "a") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -161,7 +168,9 @@ def _begin(work: Path, subject: Subject) -> Path:
         write_file(journal, json.dumps({"key": key}))
     model.mkdir(exist_ok=True)
     sizes = {file.name: file.stat().st_size for file in subject.checkpoint.files}
-    for path in model.iterdir():  # all but whole shards is quickly made again; an old verdict must not outlive its proof
+    for (
+        path
+    ) in model.iterdir():  # all but whole shards is quickly made again; an old verdict must not outlive its proof
         if path.name not in sizes:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     needed = sum(size for name, size in sizes.items() if not (model / name).exists()) + _SPARE

@@ -70,9 +70,10 @@ def _kept() -> list[str]:
 
 def _saved_tokens() -> list[str]:
     """What `hf auth login` saved, read without importing huggingface_hub, which an error message must not wait for."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    home = Path(os.environ.get("HF_HOME") or cache / "huggingface").expanduser()
-    token = Path(os.environ.get("HF_TOKEN_PATH") or home / "token").expanduser()
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = os.environ.get("HF_HOME") or f"{cache}/huggingface"
+    # Not Path.expanduser, which raises where there is no home.
+    token = Path(os.path.expanduser(os.environ.get("HF_TOKEN_PATH") or f"{home}/token"))
     try:
         found = [token.read_text(encoding="utf-8").strip()]
     except (OSError, ValueError):

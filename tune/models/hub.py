@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tune.data.hub import explain, one_line
+from tune.data.hub import explain, one_line, transport_error
 from tune.errors import ModelError, did_you_mean
 
 
@@ -36,16 +36,25 @@ def fetch(repo: str, name: str, revision: str | None = None, key: str = "model.b
     Raises:
         ModelError: the repository cannot be read; the message says why and what to do.
     """
-    import httpx
-    from huggingface_hub import constants, errors, hf_hub_download, is_offline_mode, try_to_load_from_cache
+    from huggingface_hub import (
+        _CACHED_NO_EXIST,
+        constants,
+        errors,
+        get_session,
+        hf_hub_download,
+        is_offline_mode,
+        try_to_load_from_cache,
+    )
 
     try:
         cached = try_to_load_from_cache(repo, name, revision=revision)
+        if cached is _CACHED_NO_EXIST and is_offline_mode():
+            return None
         if not isinstance(cached, str) and not is_offline_mode():
             # Fails at once without a network, where fetching a file tries again for half a minute.
-            httpx.head(constants.ENDPOINT, timeout=10)
+            get_session().head(constants.ENDPOINT, timeout=10)
         return Path(hf_hub_download(repo, name, revision=revision))
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError, httpx.HTTPError) as error:
+    except (OSError, errors.HFValidationError, transport_error()) as error:
         if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
             return None
         said = explain(error, repo, key, revision=revision)

@@ -43,11 +43,6 @@ _SINGLE: tuple[Later, ...] = (
         "a router does not train in full in this version. Write frozen.",
     ),
     Later(
-        lambda recipe: recipe.push.repo is not None,
-        "push.repo",
-        "publishing is not in this version. Remove it; the adapter's folder can be uploaded as it is.",
-    ),
-    Later(
         lambda recipe: recipe.train.recompute == "experts",
         "train.recompute",
         "recomputing around the experts is not in this version. Write auto, none or full.",

@@ -13,7 +13,7 @@ Bounded, and the proof fails beyond:
   no guess: a control model, whose adapted matrices are W + ΔW rounded at random up or down, says what rounding does
   to this one, and three times that is allowed.
 - **tokenizer**: vocabulary, and token ids of some dialogues through the saved chat template, are those of training.
-- **config**: config.json and generation_config.json hold what the base's do, and answers end where they did in training.
+- **config**: config.json and generation_config.json hold what the base's do, and end answers where training did.
 
 Reported beside it, without a bound: the base that was trained on (in 4 bits) with the adapter, against the merged
 model, and the losses of both. A base in 16 bits differs from its 4-bit form by itself.
