@@ -661,6 +661,16 @@ def test_rounding_alone_is_no_fault(tmp_path: Path, family: str, dtype: str, rat
     assert merge(run.run.root, tmp_path / "out").proof.holds
 
 
+@pytest.mark.parametrize("rate", [1e-2, 1e-4])
+def test_the_control_says_what_rounding_alone_does(tmp_path: Path, rate: float) -> None:
+    """It rounds as a merge does, so that an adapter of which rounding loses a part, alike everywhere, is no fault."""
+    run = made("llama", "bfloat16", train__learning_rate=rate)
+    logits = merge(run.run.root, tmp_path / "out").proof.content["bounded"]["logits"]
+    for name in ("max_abs_difference", "mean_kl"):
+        assert logits[name]["figure"] == pytest.approx(logits["control"][name], rel=0.1)
+        assert 2 * logits[name]["figure"] < logits[name]["bound"]
+
+
 def prompt(*ids: int) -> Prompt:
     import numpy as np
 

@@ -128,12 +128,13 @@ def merge(
         str,
         typer.Option("--base", help="original: the base's own weights; quantized: their 4-bit form, as trained."),
     ] = "original",
+    prove: Annotated[bool, typer.Option("--prove", help="Only prove the merge that is there, once more.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Merge the adapter into its base, streamed, and prove that the result is the trained model."""
     from tune.cli.merge import merge
 
-    merge(run, output, base, quiet)
+    merge(run, output, base, prove, quiet)
 
 
 @app.command()

@@ -13,7 +13,8 @@ the two are on your prompts, so that you can choose.
 Every merge ends in a proof, written to `merge-proof.json`: each tensor is read back and held against the base and
 stock PEFT's own adapter; the logits of base and adapter are compared with the merged model's on the run's held-out
 prompts; tokenizer and chat template must give the token ids that training saw. A bound that is not kept ends with exit
-code 3 and a file named UNPROVEN beside the weights.
+code 3 and a file named UNPROVEN beside the weights. `--prove` proves a merge that is there once more, after it was
+copied, say, or when a file of it is in doubt.
 
 A merge that was killed goes on where it stopped when the same command is given again. A folder that exists is never
 written into.
@@ -61,18 +62,19 @@ if TYPE_CHECKING:
 BASES = ("original", "quantized")
 
 
-def merge(run: str, output: str | None, base: str, quiet: bool) -> None:
-    """Merge and prove, and end with the figures and what to type next."""
+def merge(run: str, output: str | None, base: str, prove: bool, quiet: bool) -> None:
+    """Merge and prove, or only prove, and end with the figures and what to type next."""
     if base not in BASES:
         raise RunError(f"--base: there is no {base!r}. Write original or quantized.{did_you_mean(base, BASES)}")
     folder_of(run)  # a wrong name is told before anything is loaded
 
     from tune.cli.progress import ConsoleProgress, QuietProgress
     from tune.export.merge import merge as run_merge
+    from tune.export.merge import prove_again
 
     progress = QuietProgress() if quiet else ConsoleProgress()
     try:
-        merged = run_merge(run, output, cast("Base", base), progress)
+        merged = prove_again(run, output, progress) if prove else run_merge(run, output, cast("Base", base), progress)
     finally:
         progress.close()
     if not quiet:

@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ from tune.errors import RunError, UntrustworthyError
 from tune.export.card import merged_card
 from tune.export.proof import PROOF, UNPROVEN, Proof, prove
 from tune.export.proof.stock import with_stock_adapter
-from tune.export.subject import Base, Subject, find_subject
+from tune.export.subject import Base, Subject, find_output, find_subject
 from tune.export.words import write_words
 from tune.folder import explain_os_errors, flush, write_file
 from tune.models.shards import DTYPES, copying, read_header
@@ -78,11 +79,9 @@ def merge(
     """
     heard = progress or Progress()
     _return_freed_memory()
-    if output is not None:
-        check_free(Path(output).expanduser())  # before the base is looked at, which may be far away
+    folder = Path(output).expanduser() if output is not None else find_output(run)
+    check_free(folder)  # before the base is looked at, which may be far away
     subject = find_subject(run, base)
-    folder = Path(output).expanduser() if output is not None else subject.output
-    check_free(folder)
     with_stock_adapter(subject, torch.device("cpu"))  # an adapter that it refuses could not be proven
     files = subject.checkpoint.files
     heard.line(f"base {base}, {len(files)} {'file' if len(files) == 1 else 'files'}, "
@@ -94,14 +93,50 @@ def merge(
         types = sorted({subject.checkpoint.places[name].dtype for name in subject.deltas})
         heard.line(f"merged {len(subject.deltas)} matrices in float32, rounded once to {', '.join(types)}")
         write_words(model, subject)
-        proof = prove(subject, model, heard)
-        write_file(model / PROOF, proof.to_text())
-        write_file(model / "README.md", merged_card(subject.run, subject.adapter, proof.content))
-        if not proof.holds:
-            write_file(model / UNPROVEN, "\n".join(proof.reasons) + "\n")
+        proof = _prove(subject, model, heard)
         os.replace(model, folder)
         flush(folder.parent)
-        shutil.rmtree(work)
+    return _trusted(folder, proof)
+
+
+def prove_again(run: str | Path, output: str | Path | None = None, progress: Progress | None = None) -> Merged:
+    """Prove a merge that is there, after it was copied or kept for long; only the proof and the card are written.
+
+    Args:
+        run: the run that it was merged from, or the checkpoint.
+        output: the merged model's folder; none means `merged` in the run folder.
+        progress: hears what happens.
+
+    Raises:
+        UserError: there is no merge, or its run or base cannot be read.
+        UntrustworthyError: the proof fails; a file UNPROVEN stands beside the weights from now on.
+    """
+    _return_freed_memory()
+    folder = Path(output).expanduser() if output is not None else find_output(run)
+    try:
+        base = json.loads((folder / PROOF).read_text(encoding="utf-8"))["base"]
+    except (OSError, ValueError, TypeError, KeyError):
+        base = None
+    if base not in get_args(Base):
+        raise RunError(f"{folder}: holds no {PROOF} of a merge, so there is nothing to prove again. Merge first.")
+    with explain_os_errors(folder):
+        return _trusted(folder, _prove(find_subject(run, base), folder, progress or Progress()))
+
+
+def _prove(subject: Subject, folder: Path, progress: Progress) -> Proof:
+    """Prove, and write the verdict into the folder."""
+    proof = prove(subject, folder, progress)
+    unproven = folder / UNPROVEN
+    if not proof.holds:
+        write_file(unproven, "\n".join(proof.reasons) + "\n")
+    write_file(folder / PROOF, proof.to_text())
+    write_file(folder / "README.md", merged_card(subject.run, subject.adapter, proof.content))
+    if proof.holds:
+        unproven.unlink(missing_ok=True)
+    return proof
+
+
+def _trusted(folder: Path, proof: Proof) -> Merged:
     if not proof.holds:
         raise UntrustworthyError(
             f"{folder}: the proof failed, and nobody should use these weights (see {PROOF} there).\n"
@@ -152,8 +187,12 @@ def _work(folder: Path) -> Iterator[Path]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunError(f"{folder}: another process is merging there. Wait for it.") from None
-        check_free(folder)  # the process that held the lock until now may have just finished
-        yield work
+        try:
+            check_free(folder)  # the process that held the lock until now may have just finished
+            yield work
+        finally:
+            if not any((work / "model").glob("*.safetensors")):  # nothing to go on from
+                shutil.rmtree(work, ignore_errors=True)
 
 
 def _begin(work: Path, subject: Subject) -> Path:
@@ -168,9 +207,8 @@ def _begin(work: Path, subject: Subject) -> Path:
         write_file(journal, json.dumps({"key": key}))
     model.mkdir(exist_ok=True)
     sizes = {file.name: file.stat().st_size for file in subject.checkpoint.files}
-    for (
-        path
-    ) in model.iterdir():  # all but whole shards is quickly made again; an old verdict must not outlive its proof
+    # All but whole shards is quickly made again, and an old verdict must not outlive its proof.
+    for path in model.iterdir():
         if path.name not in sizes:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     needed = sum(size for name, size in sizes.items() if not (model / name).exists()) + _SPARE

@@ -49,11 +49,6 @@ class Subject:
     template: Any
 
     @property
-    def output(self) -> Path:
-        """Where the merge goes if nobody says otherwise."""
-        return self.run.merged if self.adapter == self.run.adapter else self.run.root / f"merged-{self.adapter.name}"
-
-    @property
     def chat_template(self) -> str:
         """The jinja form of the template that trained, with the system prompt that trained."""
         return with_system(self.template.jinja, self.recipe.data.system)
@@ -84,6 +79,16 @@ class Subject:
         ):
             digest.update(b"\0" + str(part).encode())
         return digest.hexdigest()
+
+
+def find_output(path: str | Path) -> Path:
+    """Return where the merge of a run or checkpoint goes if nobody says otherwise.
+
+    Raises:
+        RunError: there is no run, or nothing of it to merge.
+    """
+    run, adapter = folder_of(path)
+    return run.merged if adapter == run.adapter else run.root / f"merged-{adapter.name}"
 
 
 def find_subject(path: str | Path, base: Base) -> Subject:

@@ -21,7 +21,8 @@ from tune.models.shards import DTYPES, Checkpoint
 from tune.models.streamed import StreamedModel, Weights, compute_device
 
 ALLOWED = 3
-"""So many times what rounding does to the control may the merge differ: two draws of the same noise do, at times."""
+"""So many times what rounding does to the control may the merge differ: sums in another order round some elements to
+the other neighbour."""
 
 RELATIVE = 1e-4
 """Of the largest logit: what float32 may do to one, over all layers of a model."""
@@ -42,7 +43,11 @@ _ROWS = 64
 
 
 class _Rounded(Weights):
-    """The control: W + ΔW rounded to the stored type at random, up or down in proportion to the distance."""
+    """The control: stock PEFT's W + ΔW, rounded to the stored type.
+
+    To the nearest, as a merge rounds. Rounding at random would be another noise: where ΔW is smaller than half a unit,
+    rounding to the nearest loses it in many elements at once, and what activations have in common adds that up.
+    """
 
     def __init__(self, weights: Weights, layers: dict[str, Any]) -> None:
         super().__init__(weights.checkpoint)
@@ -54,15 +59,9 @@ class _Rounded(Weights):
             return exact
         exact += stock_delta(self.layers[name])
         dtype = DTYPES[self.checkpoint.places[name].dtype]
-        generator = torch.Generator().manual_seed(0)
         for start in range(0, len(exact), _ROWS):
             rows = exact[start : start + _ROWS]
-            near = rows.to(dtype)
-            # The neighbour on the other side of the exact value.
-            other = torch.nextafter(near, torch.where(rows > near.float(), torch.inf, -torch.inf).to(dtype))
-            step = (other.float() - near.float()).abs()
-            share = torch.where(step > 0, (rows - near.float()).abs() / step, 0)
-            rows.copy_(torch.where(torch.rand(rows.shape, generator=generator) < share, other, near))
+            rows.copy_(rows.to(dtype))
         return exact
 
 

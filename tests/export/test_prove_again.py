@@ -1,0 +1,55 @@
+"""A merge that is there can be proven once more: after a copy, or when a file of it is in doubt."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.export.merges import files, made, weight_files
+from tune.cli.main import _run
+from tune.errors import RunError, UntrustworthyError
+from tune.export.merge import merge, prove_again
+
+
+@pytest.mark.parametrize("base", ["original", "quantized"])
+def test_a_copy_is_proven_and_a_changed_one_is_not_until_it_is_whole_again(tmp_path: Path, base: str) -> None:
+    run = made(dtype="bfloat16").copy(tmp_path / "made").run
+    folder = merge(run.root, base=base).folder  # type: ignore[arg-type]
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(folder, elsewhere)
+    before = files(elsewhere)
+    again = prove_again(run.root, elsewhere)
+    assert again.proof.content["base"] == base
+    assert files(elsewhere) == before
+
+    (weights,) = weight_files(elsewhere)
+    good = weights.read_bytes()
+    weights.write_bytes(good[:-1000] + bytes([good[-1000] ^ 4]) + good[-999:])
+    with pytest.raises(UntrustworthyError, match="the proof failed"):
+        prove_again(run.root, elsewhere)
+    assert (elsewhere / "UNPROVEN").read_text().startswith("weights: 1 tensors")
+    assert json.loads((elsewhere / "merge-proof.json").read_text())["verdict"] == "failed"
+
+    weights.write_bytes(good)
+    prove_again(run.root, elsewhere)
+    assert files(elsewhere) == before
+
+
+def test_the_command_line_proves_and_writes_no_weights(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = made().copy(tmp_path / "made").run
+    assert _run(["merge", str(run.root), "--prove"]) == 2
+    assert "nothing to prove again" in capfd.readouterr().err
+    merge(run.root)
+    (weights,) = weight_files(run.merged)
+    written = weights.stat().st_mtime_ns
+    assert _run(["merge", str(run.root), "--prove"]) == 0
+    assert "the merged model is the trained model" in capfd.readouterr().out
+    assert weights.stat().st_mtime_ns == written
+
+
+def test_a_folder_that_is_no_merge_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="nothing to prove again"):
+        prove_again(made().run.root, tmp_path)
