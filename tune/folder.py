@@ -213,20 +213,26 @@ def folder_of(path: str | Path) -> tuple[RunFolder, Path]:
 
 
 @contextlib.contextmanager
-def explain_os_errors(path: Path, remedy: str = "") -> Iterator[None]:
-    """Turn what a user can mend (no space, no permission, a read-only or vanished disk) into a RunError."""
+def explain_os_errors(path: Path, remedy: str = "", place: str = "the recipe's output") -> Iterator[None]:
+    """Turn what a user can mend (no space, no permission, a read-only or vanished disk) into a RunError.
+
+    Args:
+        path: named where an error names no file of its own.
+        remedy: what to do when the cause is gone.
+        place: what the user gave as the place that was written to.
+    """
     words = {
         errno.ENOSPC: "no space left on the device. Free some",
         errno.EDQUOT: "the disk quota is used up. Free some space",
-        errno.EACCES: "no permission to write. Change the permissions or the recipe's output",
-        errno.EPERM: "writing is not permitted. Change the recipe's output",
-        errno.EROFS: "the file system is read-only. Change the recipe's output",
-        errno.ENOTDIR: "a part of this path is a file, not a folder. Change the recipe's output",
-        errno.EEXIST: "a file is in the way. Change the recipe's output",
-        errno.ENAMETOOLONG: "the name is too long. Change the recipe's output",
+        errno.EACCES: f"no permission to write. Change the permissions or {place}",
+        errno.EPERM: f"writing is not permitted. Change {place}",
+        errno.EROFS: f"the file system is read-only. Change {place}",
+        errno.ENOTDIR: f"a part of this path is a file, not a folder. Change {place}",
+        errno.EEXIST: f"a file is in the way. Change {place}",
+        errno.ENAMETOOLONG: f"the name is too long. Change {place}",
         errno.EIO: "the device reports an input/output error. Check the disk",
-        errno.ENOLCK: "the file system has no locks. Put the recipe's output on a local disk",
-        errno.ENOSYS: "the file system has no locks. Put the recipe's output on a local disk",
+        errno.ENOLCK: f"the file system has no locks. Put {place} on a local disk",
+        errno.ENOSYS: f"the file system has no locks. Put {place} on a local disk",
         errno.ESTALE: "the network file system has gone. Mount it again",
     }
     try:

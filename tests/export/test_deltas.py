@@ -201,3 +201,10 @@ def test_a_broken_file_of_the_adapter_is_told(run: Made, tmp_path: Path, name: s
 def test_an_adapter_keeps_its_names(run: Made) -> None:
     names = {name.split(".lora_")[0].removeprefix("base_model.model.") for name in load_file(run.adapter_file)}
     assert set(read_deltas(run.run.adapter)) == names
+
+
+def test_a_key_of_a_newer_peft_is_refused_by_its_name(tmp_path: Path) -> None:
+    run = made().copy(tmp_path / "made").run
+    change_json(run.adapter / "adapter_config.json", use_qalora=True, use_something_new=3, harmless_and_off=False)
+    with pytest.raises(ModelError, match=r"use_qalora, use_something_new\. peft's"):
+        read_deltas(run.adapter)

@@ -463,3 +463,23 @@ def test_a_sharded_base_on_the_hub_is_merged_from_there(tmp_path: Path) -> None:
     assert all(path.is_file() and not path.is_symlink() for path in weight_files(tmp_path / "out"))
     truth = PeftModel.from_pretrained(stock(local.base), str(tmp_path / "run/adapter")).eval()
     assert relative(logits(stock(tmp_path / "out")), logits(truth)) < 1e-5
+
+
+def test_a_matrix_is_merged_some_rows_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = made("llama", "bfloat16", True)
+    whole = tensors_of(merge(run.run.root, tmp_path / "whole").folder)
+    monkeypatch.setattr("tune.export.merge._ROWS", 10)
+    pieces = tensors_of(merge(run.run.root, tmp_path / "pieces").folder)
+    for name, tensor in whole.items():
+        assert torch.allclose(pieces[name].float(), tensor.float(), rtol=0.01, atol=1e-6), name
+
+
+def test_answers_end_where_they_did_in_training_too(tmp_path: Path) -> None:
+    """At the base's own ends first, which may be others than the tokenizer's."""
+
+    def ends_elsewhere(folder: Path) -> None:
+        change_json(folder / "generation_config.json", eos_token_id=5)
+
+    run = made("llama", spoil=ends_elsewhere)
+    merge(run.run.root, tmp_path / "out")
+    assert json.loads((tmp_path / "out/generation_config.json").read_text())["eos_token_id"] == [5, 1]

@@ -53,3 +53,14 @@ def test_the_command_line_proves_and_writes_no_weights(tmp_path: Path, capfd: py
 def test_a_folder_that_is_no_merge_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="nothing to prove again"):
         prove_again(made().run.root, tmp_path)
+
+
+def test_what_a_killed_merge_left_after_its_last_rename_is_swept(tmp_path: Path) -> None:
+    run = made().copy(tmp_path / "made").run
+    merge(run.root)
+    left = run.root / ".merging-merged"
+    left.mkdir()
+    (left / "journal.json").write_text("{}")
+    with pytest.raises(RunError, match="a proven merge already"):
+        merge(run.root)
+    assert not left.exists()

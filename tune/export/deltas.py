@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -15,6 +16,36 @@ from torch import Tensor
 from tune.errors import ModelError
 
 _BEFORE = "base_model.model."
+
+_HARMLESS = frozenset(
+    [
+        "task_type",
+        "peft_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "rank_pattern",
+        "use_rslora",
+        "bias",
+        "init_lora_weights",
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "qalora_group_size",
+        "megatron_core",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+    ]
+)
+"""Keys of adapter_config.json that a merge knows, or that only say how an adapter was started or where it is put."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +133,13 @@ def _refuse_unmergeable(folder: Path, config: dict[str, Any]) -> None:
         "layer_replication": "repeated layers",
     }
     found = [f"{key} ({words})" for key, words in unmergeable.items() if config.get(key)]
+    # Whatever a newer PEFT adds may change what a layer computes.
+    defaults = LoraConfig().to_dict()
+    found += [
+        key
+        for key, value in config.items()
+        if value and value != defaults.get(key) and key not in unmergeable and key not in _HARMLESS
+    ]
     if config.get("bias", "none") != "none":
         found.append("bias (trained biases of the base)")
     if found:

@@ -32,7 +32,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from tune.errors import RunError, UntrustworthyError
+from tune.errors import ModelError, RunError, UntrustworthyError
 from tune.export.card import merged_card
 from tune.export.proof import PROOF, UNPROVEN, Proof, prove
 from tune.export.proof.stock import with_stock_adapter
@@ -86,7 +86,8 @@ def merge(
     files = subject.checkpoint.files
     heard.line(f"base {base}, {len(files)} {'file' if len(files) == 1 else 'files'}, "
                f"{len(subject.checkpoint.places)} tensors")  # fmt: skip
-    with explain_os_errors(folder, "run the same command again: it goes on where it stopped"), _work(folder) as work:
+    again = "run the same command again: it goes on where it stopped"
+    with explain_os_errors(folder, again, "--output"), _work(folder) as work:
         model = _begin(work, subject)
         with heard.phase("merging") as advance:
             _write_shards(model, subject, advance)
@@ -119,7 +120,7 @@ def prove_again(run: str | Path, output: str | Path | None = None, progress: Pro
         base = None
     if base not in get_args(Base):
         raise RunError(f"{folder}: holds no {PROOF} of a merge, so there is nothing to prove again. Merge first.")
-    with explain_os_errors(folder):
+    with explain_os_errors(folder, place="--output"):
         return _trusted(folder, _prove(find_subject(run, base), folder, progress or Progress()))
 
 
@@ -163,11 +164,25 @@ def check_free(folder: Path) -> None:
     """
     if not os.path.lexists(folder):  # a link that leads nowhere is there too
         return
+    _sweep(_beside(folder))
     if (folder / UNPROVEN).exists():
         raise RunError(f"{folder}: holds a merge whose proof failed. Remove it, or give another --output.")
     if (folder / PROOF).exists():
         raise RunError(f"{folder}: holds a proven merge already. Use it, remove it, or give another --output.")
     raise RunError(f"{folder}: is there already. Remove it, or give another --output.")
+
+
+def _beside(folder: Path) -> Path:
+    return folder.parent / f".merging-{folder.name}"
+
+
+def _sweep(work: Path) -> None:
+    """Remove what a merge left that was killed after its last rename."""
+    if (work / "model").exists() or not work.is_dir():
+        return
+    with contextlib.suppress(OSError), open(work / ".lock", "a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(work)
 
 
 @contextmanager
@@ -177,7 +192,7 @@ def _work(folder: Path) -> Iterator[Path]:
     Raises:
         RunError: another process merges there.
     """
-    work = folder.parent / f".merging-{folder.name}"
+    work = _beside(folder)
     try:
         work.mkdir(parents=True, exist_ok=True)
     except FileNotFoundError:  # as /proc answers
@@ -269,18 +284,26 @@ def write_shard(
         rewritten: called with each tensor's name; the new tensor in the stored type, some rows at a time, or None to
             copy the old one.
         advance: called with the bytes written so far.
+
+    Raises:
+        ModelError: the base's file changed meanwhile.
     """
     first, places = read_header(source)
     unfinished = target.with_name(f".unfinished-{target.name}")
-    with open(source, "rb") as old, open(unfinished, "wb") as new:
-        new.writelines(copying(old.fileno(), 0, first))
-        for name, place in places.items():
-            pieces = rewritten(name)
-            new.writelines(copying(old.fileno(), place.start, place.end) if pieces is None else map(_bytes, pieces))
-            assert new.tell() == place.end
-            advance(place.end)
-        new.flush()
-        os.fsync(new.fileno())
+    try:
+        with open(source, "rb") as old, open(unfinished, "wb") as new:
+            new.writelines(copying(old.fileno(), 0, first))
+            for name, place in places.items():
+                pieces = rewritten(name)
+                new.writelines(copying(old.fileno(), place.start, place.end) if pieces is None else map(_bytes, pieces))
+                assert new.tell() == place.end
+                advance(place.end)
+            new.flush()
+            os.fsync(new.fileno())
+    except EOFError as error:
+        raise ModelError(
+            f"{source}: became shorter while it was read. Merge again when nothing writes there."
+        ) from error
     os.replace(unfinished, target)
     flush(target.parent)
 

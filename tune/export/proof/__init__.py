@@ -10,8 +10,8 @@ Bounded, and the proof fails beyond:
   what any logit shows.
 - **logits**: of the base that was merged into with the adapter beside it, against those of the merged model, both in
   float32 on the run's prompts. Rounding to 16 bits moves logits, more in one model than in another, so the bound is
-  no guess: a control model, whose adapted matrices are stock PEFT's W + ΔW rounded once, says what rounding does to
-  this one, and three times that is allowed.
+  no guess: a control model, whose adapted matrices are stock PEFT's W + ΔW rounded as they are stored, says what
+  rounding does to this one, and one and a half times that is allowed.
 - **tokenizer**: vocabulary, and token ids of some dialogues through the saved chat template, are those of training.
 - **config**: config.json and generation_config.json hold what the base's do, and end answers where training did.
 
