@@ -23,6 +23,8 @@ from typing import IO, Any
 from tune.errors import RunError, did_you_mean
 
 _STEP = re.compile(r"step-(\d{6,})")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+"""What PEFT reads of an adapter."""
 MANIFEST = "manifest.json"
 """In every checkpoint: the SHA-256 of each of its files."""
 
@@ -301,6 +303,35 @@ def write_folder(path: Path, files: Mapping[str, bytes | str], manifest: bool = 
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_unchanged(run: RunFolder, adapter: Path) -> None:
+    """Refuse an adapter that is not the one that training wrote.
+
+    Args:
+        run: the run.
+        adapter: its adapter/, or one of its checkpoints.
+
+    Raises:
+        RunError: it was changed or damaged since.
+    """
+    if adapter != run.adapter:
+        if not whole(adapter):
+            raise RunError(f"{adapter}: is not as it was written: damaged, or changed by hand. Use another checkpoint.")
+        return
+    written = (run.read_finished() or {}).get("adapter_files", {})
+    for name, digest in written.items():
+        if not (adapter / name).is_file() or file_digest(adapter / name) != digest:
+            raise RunError(
+                f"{adapter / name}: is not the file that training wrote: damaged, or changed by hand. Remove "
+                f"{run.finished}; `tune train {run.recipe} --resume` writes the adapter again from its checkpoint."
+            )
 
 
 def whole(path: Path) -> bool:

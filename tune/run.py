@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import math
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tune.errors import RecipeError, RunError, UntrustworthyError, UserError
-from tune.folder import RunFolder, explain_os_errors, whole, write_file
+from tune.folder import ADAPTER_FILES, RunFolder, explain_os_errors, file_digest, whole, write_file
 from tune.recipe.later import refusals
 from tune.recipe.load import load_recipe, recipe_to_yaml
 from tune.recipe.schema import Recipe
@@ -43,6 +43,8 @@ class FinishedRun:
     """Of the adapter in adapter/, in nats per trained token."""
     tokens_per_second: float
     peak_memory_bytes: int
+    adapter_files: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of the files in adapter/ that PEFT reads, by name."""
     already: bool = False
     """The run had finished before; nothing was trained now."""
 
@@ -283,6 +285,7 @@ def _finish(run: RunFolder, recipe: Recipe, tokenizer: Any, template: Any, resul
     with explain_os_errors(run.root, "finish with --resume"):
         write_adapter(run.adapter, chosen, tokenizer, with_system(template.jinja, recipe.data.system), card)
         summary = {key: value for key, value in asdict(result).items() if key != "already"}
+        summary["adapter_files"] = {name: file_digest(run.adapter / name) for name in ADAPTER_FILES}
         write_file(run.finished, json.dumps(summary, indent=1) + "\n")
 
 

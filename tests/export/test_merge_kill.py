@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.export.merges import Made, change_tensors, files, made, weight_files
+from tests.export.merges import Made, change_json, change_tensors, files, made, weight_files
 from tests.training.processes import fork, wait
 from tune.errors import RunError, UntrustworthyError
 from tune.export import merge as merging
@@ -193,6 +193,7 @@ def test_another_adapter_after_a_kill_starts_afresh(tmp_path: Path) -> None:
     run = whole()[0].copy(tmp_path / "made")
     kill(run, tmp_path / "out", event("proving the logits"))
     change_tensors(run.adapter_file, lambda tensors: [tensor.mul_(0.5) for tensor in tensors.values()])
+    change_json(run.run.finished, adapter_files=None)
     merge(run.run.root, tmp_path / "out")
     assert files(tmp_path / "out") == files(merge(run.run.root, tmp_path / "afresh").folder)
 
@@ -202,6 +203,7 @@ def test_another_scale_after_a_kill_starts_afresh(tmp_path: Path) -> None:
     kill(run, tmp_path / "out", event("proving the logits"))
     config = run.run.adapter / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": 5}))
+    change_json(run.run.finished, adapter_files=None)
     merge(run.run.root, tmp_path / "out")
     assert files(tmp_path / "out") == files(merge(run.run.root, tmp_path / "afresh").folder)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.export.merges import files, made, weight_files
+from tests.export.merges import change_tensors, files, made, weight_files
 from tune.cli.main import _run
 from tune.errors import RunError, UntrustworthyError
 from tune.export.merge import merge, prove_again
@@ -64,3 +64,30 @@ def test_what_a_killed_merge_left_after_its_last_rename_is_swept(tmp_path: Path)
     with pytest.raises(RunError, match="a proven merge already"):
         merge(run.root)
     assert not left.exists()
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+@pytest.mark.parametrize("verb", [["merge"], ["push", "owner/name", "--dry-run"]])
+def test_an_adapter_that_was_changed_after_training_is_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str, verb: list[str]
+) -> None:
+    run = made().copy(tmp_path / "made").run
+    path = run.adapter / name
+    content = bytearray(path.read_bytes())
+    content[-20] ^= 1
+    path.write_bytes(bytes(content))
+    assert _run([verb[0], str(run.root), *verb[1:]]) == 2
+    assert "Traceback" not in (said := capfd.readouterr().err)
+    assert name in said or "adapter" in said
+
+
+def test_an_adapter_of_another_seed_is_refused_and_can_be_written_again(tmp_path: Path) -> None:
+    run = made().copy(tmp_path / "made").run
+    before = (run.adapter / "adapter_model.safetensors").read_bytes()
+    change_tensors(run.adapter / "adapter_model.safetensors", lambda tensors: [t.mul_(1.01) for t in tensors.values()])
+    with pytest.raises(RunError, match="is not the file that training wrote"):
+        merge(run.root)
+    run.finished.unlink()
+    assert _run(["train", str(run.recipe), "--resume"]) == 0
+    assert (run.adapter / "adapter_model.safetensors").read_bytes() == before
+    assert merge(run.root).proof.holds

@@ -322,6 +322,8 @@ def test_a_secret_and_a_place_of_this_machine_are_in_no_file(
         config = json.loads((run.adapter / name).read_text())
         config |= {key: f"{trained}/base", "note": f"{secret} at https://me:pw1234@host/x"}
         (run.adapter / name).write_text(json.dumps(config))
+    finished = json.loads(run.finished.read_text())
+    run.finished.write_text(json.dumps({**finished, "adapter_files": {}}))
     (run.adapter / ".env").write_text(secret)
     (run.adapter / "notes.txt").write_text(secret)
     lines = publish(run)

@@ -54,6 +54,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from tune.cli.program import command
 from tune.errors import RunError, did_you_mean
+from tune.export.place import check_free, find_output
 from tune.folder import folder_of
 
 if TYPE_CHECKING:
@@ -66,7 +67,12 @@ def merge(run: str, output: str | None, base: str, prove: bool, quiet: bool) -> 
     """Merge and prove, or only prove, and end with the figures and what to type next."""
     if base not in BASES:
         raise RunError(f"--base: there is no {base!r}. Write original or quantized.{did_you_mean(base, BASES)}")
+    if output == "":
+        raise RunError("--output: is empty. Give the name of a new folder.")
+    place = Path(output).expanduser() if output is not None else find_output(run)
     folder_of(run)  # a wrong name is told before anything is loaded
+    if not prove:
+        check_free(place)
 
     from tune.cli.progress import ConsoleProgress, QuietProgress
     from tune.export.merge import merge as run_merge

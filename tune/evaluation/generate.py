@@ -97,9 +97,19 @@ class Speaker(ABC):
                 eos_token_id=list(self.ends) or None,
                 pad_token_id=self.ends[0] if self.ends else 0,
                 streamer=streamer,
+                logits_processor=[self._finite],
                 **sampling,
             )
         return str(self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+
+    def _finite(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Refuse to go on with logits that are no numbers: greedy search would take token 0, and say nothing."""
+        if not bool(scores.isfinite().any()) or bool(scores.isnan().any()):
+            raise ModelError(
+                f"{self.name}: its logits are not finite, so its weights are damaged or were never right. "
+                "`tune merge RUN --prove` finds what is wrong with a merge; copy a model again."
+            )
+        return scores
 
     def _encode(self, messages: Sequence[Message]) -> list[int]:
         ids = encode_prompt(messages, self.template, self.tokenizer)

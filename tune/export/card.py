@@ -132,7 +132,8 @@ def _prompt(facts: Facts) -> str:
     lines = [
         "## Prompt",
         "",
-        f"Template `{name}`, in `chat_template.jinja` and used by `tokenizer.apply_chat_template`.",
+        f"{'The base’s own template' if name == 'tokenizer' else f'Template `{name}`'}, in `chat_template.jinja` and "
+        "used by `tokenizer.apply_chat_template`.",
     ]
     if facts.prompt is not None:
         fence = "`" * max(3, 1 + max(map(len, re.findall("`+", facts.prompt.text)), default=0))
@@ -154,7 +155,8 @@ def _results(facts: Facts) -> str:
     rows = []
     held_out = facts.measured_on == "held-out data"
     if facts.loss_before is not None and facts.loss_after is not None:
-        start, end = ("base", "this adapter") if held_out else ("first step", "last step")
+        base = "4-bit base" if facts.recipe.model.quantization == "nf4" else "base"
+        start, end = (base, f"{base} with the adapter") if held_out else ("first step", "last step")
         rows += [(start, facts.loss_before), (end, facts.loss_after)]
     lines = [
         "## Results",
@@ -272,7 +274,7 @@ def _licence(facts: Facts) -> str:
     if not facts.licence.known:
         lines[-1] = f"The licence of the base ({facts.base_words}) is not known here; it carries over."
     lines += [f"Data {name}: {licence.words}." for name, licence in facts.data_licences.items()]
-    warnings = card_warnings(facts)
+    warnings = _licence_warnings(facts)
     return "\n".join([*lines, *([""] if warnings else []), *(f"- **Note:** {warning}" for warning in warnings)])
 
 
@@ -284,8 +286,12 @@ def card_warnings(facts: Facts) -> list[str]:
             "the base's name on the Hub is not known, so the card says `unknown` and nobody can load the adapter "
             "over it. Say it with --base-model OWNER/NAME."
         )
+    return found + _licence_warnings(facts)
+
+
+def _licence_warnings(facts: Facts) -> list[str]:
     known = f"the base ({facts.base_words})" if facts.base_words != "unknown" else "the base"
-    return found + [redact(text) for text in licence_warnings(facts.licence, known, facts.data_licences)]
+    return [redact(text) for text in licence_warnings(facts.licence, known, facts.data_licences)]
 
 
 def _reproduce(facts: Facts) -> str:
@@ -297,7 +303,9 @@ def _reproduce(facts: Facts) -> str:
         "tune train recipe.yaml",
         "```",
         "",
-        "`recipe.yaml` beside this card is the whole recipe; local files stand in it by their last names.",
+        "`recipe.yaml` beside this card is the whole recipe; local files stand in it by their last names."
+        if facts.repo
+        else "`recipe.yaml` in the run's folder is the whole recipe.",
     ]
     if versions:
         lines.append(f"Versions: {versions}.")

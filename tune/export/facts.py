@@ -199,6 +199,8 @@ def _base_name(recipe: Recipe, folder: Path | None, given: str | None) -> str | 
     if given is not None:
         if not HUB_NAME.fullmatch(given):
             raise RunError(f"--base-model: must read OWNER/NAME as on the Hub ({given}).")
+        if Path(given).expanduser().exists():
+            raise RunError(f"--base-model: {given} is a place on this machine. Give the base's name on the Hub.")
         return given
     if folder is None and HUB_NAME.fullmatch(recipe.model.base):
         return recipe.model.base

@@ -45,8 +45,8 @@ def adapter_loading(facts: Facts) -> str:
     ]
     if facts.recipe.model.quantization == "nf4":
         parts.append(
-            "It was trained over the base in NF4, and the code above loads it so. vLLM serves the base as it is, "
-            "which differs a little; `--quantization bitsandbytes` is nearer."
+            "It was trained over the base in NF4, and the code above loads it so. vLLM serves the base in 16 bits, "
+            "which is another model than the one that was adapted; `--quantization bitsandbytes` is nearer."
         )
     return "\n\n".join(parts)
 

@@ -34,11 +34,12 @@ from torch import Tensor
 
 from tune.errors import ModelError, RunError, UntrustworthyError
 from tune.export.card import merged_card
-from tune.export.proof import PROOF, UNPROVEN, Proof, prove
+from tune.export.place import PROOF, UNPROVEN, beside, check_free, find_output
+from tune.export.proof import Proof, prove
 from tune.export.proof.stock import with_stock_adapter
-from tune.export.subject import Base, Subject, find_output, find_subject
+from tune.export.subject import Base, Subject, find_subject
 from tune.export.words import write_words
-from tune.folder import explain_os_errors, flush, write_file
+from tune.folder import check_unchanged, explain_os_errors, flush, write_file
 from tune.models.shards import DTYPES, copying, read_header
 from tune.models.streamed import Weights
 from tune.progress import Progress
@@ -83,12 +84,16 @@ def merge(
     check_free(folder)  # before the base is looked at, which may be far away
     subject = find_subject(run, base)
     with_stock_adapter(subject, torch.device("cpu"))  # an adapter that it refuses could not be proven
+    check_unchanged(subject.run, subject.adapter)
     files = subject.checkpoint.files
     heard.line(f"base {base}, {len(files)} {'file' if len(files) == 1 else 'files'}, "
                f"{len(subject.checkpoint.places)} tensors")  # fmt: skip
     again = "run the same command again: it goes on where it stopped"
     with explain_os_errors(folder, again, "--output"), _work(folder) as work:
         model = _begin(work, subject)
+        there = sum((model / file.name).exists() for file in files)
+        if there:
+            heard.line(f"going on with the merge that was stopped: {there} of {len(files)} files are there")
         with heard.phase("merging") as advance:
             _write_shards(model, subject, advance)
         types = sorted({subject.checkpoint.places[name].dtype for name in subject.deltas})
@@ -156,35 +161,6 @@ def _return_freed_memory() -> None:
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 4 * 2**20)
 
 
-def check_free(folder: Path) -> None:
-    """Refuse an output that is there already.
-
-    Raises:
-        RunError: says what it is.
-    """
-    if not os.path.lexists(folder):  # a link that leads nowhere is there too
-        return
-    _sweep(_beside(folder))
-    if (folder / UNPROVEN).exists():
-        raise RunError(f"{folder}: holds a merge whose proof failed. Remove it, or give another --output.")
-    if (folder / PROOF).exists():
-        raise RunError(f"{folder}: holds a proven merge already. Use it, remove it, or give another --output.")
-    raise RunError(f"{folder}: is there already. Remove it, or give another --output.")
-
-
-def _beside(folder: Path) -> Path:
-    return folder.parent / f".merging-{folder.name}"
-
-
-def _sweep(work: Path) -> None:
-    """Remove what a merge left that was killed after its last rename."""
-    if (work / "model").exists() or not work.is_dir():
-        return
-    with contextlib.suppress(OSError), open(work / ".lock", "a") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(work)
-
-
 @contextmanager
 def _work(folder: Path) -> Iterator[Path]:
     """The hidden folder beside `folder` where the merge is made, held for this process.
@@ -192,7 +168,7 @@ def _work(folder: Path) -> Iterator[Path]:
     Raises:
         RunError: another process merges there.
     """
-    work = _beside(folder)
+    work = beside(folder)
     try:
         work.mkdir(parents=True, exist_ok=True)
     except FileNotFoundError:  # as /proc answers

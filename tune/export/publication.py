@@ -21,7 +21,7 @@ from tune.errors import RunError
 from tune.export.card import card_warnings, marker, write_card
 from tune.export.facts import HUB_NAME, Facts, read_facts, read_json
 from tune.export.secrets import holds_secret, redact, redact_all
-from tune.folder import RunFolder, folder_of
+from tune.folder import RunFolder, check_unchanged, file_digest, folder_of
 from tune.recipe.load import load_recipe, recipe_to_yaml
 
 MARKER = "tune-run.json"
@@ -210,17 +210,12 @@ def check_merge(folder: Path, adapter: Path, command: str) -> dict[str, Any]:
     if not list(folder.glob("*.safetensors")):
         raise RunError(f"{folder}: holds no weights. {again}.")
     prints = proof.get("fingerprints", {})
-    if prints.get("adapter") not in (None, _digest(_weights(adapter))):
+    if prints.get("adapter") not in (None, file_digest(_weights(adapter))):
         raise RunError(f"{folder}: was merged from another adapter than {adapter} holds now. {again}.")
     for name, digest in prints.get("files", {}).items():
-        if not (folder / name).is_file() or _digest(folder / name) != digest:
+        if not (folder / name).is_file() or file_digest(folder / name) != digest:
             raise RunError(f"{folder / name}: is not the file that was proven. {again}.")
     return proof
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _adapter_of(path: str | Path) -> tuple[RunFolder, Path]:
@@ -236,6 +231,7 @@ def _adapter_of(path: str | Path) -> tuple[RunFolder, Path]:
             f"Finish the run with `tune train {run.recipe} --resume`."
         )
     _weights(adapter)
+    check_unchanged(run, adapter)
     return run, adapter
 
 
@@ -260,17 +256,17 @@ def _files(folder: Path, patterns: tuple[str, ...], facts: Facts) -> dict[str, b
             content = redact_all(_public(read_json(path), facts))
             found[path.name] = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
             continue
-        if _leaks(path):
+        if leak := _leak(path):
             raise RunError(
-                f"{path}: holds what looks like a secret (a token, or the value of an environment variable whose "
-                "name ends in TOKEN, KEY, SECRET or PASSWORD), and cannot be changed without breaking it. "
-                "Remove it there, or unset the variable if that is chance."
+                f"{path}: holds what looks like a secret ({leak}), and cannot be changed without breaking it. "
+                "Remove it there; if a word is there by chance, unset that variable while you push."
             )
         found[path.name] = path
     return found
 
 
-def _leaks(path: Path) -> bool:
+def _leak(path: Path) -> str | None:
+    """What of a file is a secret, in words that do not tell it."""
     if path.suffix != ".safetensors":
         return holds_secret(path.read_bytes())
     with open(path, "rb") as file:  # the weights themselves are numbers; the header is text

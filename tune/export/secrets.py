@@ -54,18 +54,29 @@ def redact_all(value: Any) -> Any:
     return value
 
 
-def holds_secret(content: bytes) -> bool:
-    """Whether a file that cannot be redacted without breaking it holds a secret."""
-    if any(value.encode() in content for value in _kept()):
-        return True
+def holds_secret(content: bytes) -> str | None:
+    """Return what secret a file holds that cannot be redacted without breaking it, in words that do not tell it."""
+    for value, name in _named().items():
+        if value.encode() in content:
+            return name
     text = content.decode("utf-8", errors="ignore")
-    return bool(_SHAPES.search(text) or _PRIVATE_KEY.search(text))
+    return "a text shaped like a token or key" if _SHAPES.search(text) or _PRIVATE_KEY.search(text) else None
 
 
 def _kept() -> list[str]:
     """The secrets of this environment, longest first."""
-    found = {value.strip() for name, value in os.environ.items() if _NAMES.search(name)} | set(_saved_tokens())
-    return sorted((value for value in found if len(value) >= SHORTEST), key=len, reverse=True)
+    return sorted(_named(), key=len, reverse=True)
+
+
+def _named() -> dict[str, str]:
+    """What each secret of this environment is called."""
+    found = dict.fromkeys(_saved_tokens(), "a saved token of the Hub")
+    found |= {
+        value.strip(): f"the value of the environment variable {name}"
+        for name, value in os.environ.items()
+        if _NAMES.search(name)
+    }
+    return {value: name for value, name in found.items() if len(value) >= SHORTEST}
 
 
 def _saved_tokens() -> list[str]:

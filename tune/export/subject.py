@@ -81,16 +81,6 @@ class Subject:
         return digest.hexdigest()
 
 
-def find_output(path: str | Path) -> Path:
-    """Return where the merge of a run or checkpoint goes if nobody says otherwise.
-
-    Raises:
-        RunError: there is no run, or nothing of it to merge.
-    """
-    run, adapter = folder_of(path)
-    return run.merged if adapter == run.adapter else run.root / f"merged-{adapter.name}"
-
-
 def find_subject(path: str | Path, base: Base) -> Subject:
     """Read a run and its base, without weights.
 

@@ -20,6 +20,11 @@ def write_words(folder: Path, subject: Subject) -> None:
         write_file(folder / name, json.dumps(content, indent=2) + "\n")
     subject.tokenizer.chat_template = subject.chat_template
     subject.tokenizer.save_pretrained(folder)
+    saved = folder / "tokenizer_config.json"
+    kept = json.loads(saved.read_text(encoding="utf-8"))
+    # Where and how it was loaded here says nothing of the tokenizer.
+    wanted = {key: value for key, value in kept.items() if key not in ("is_local", "local_files_only", "name_or_path")}
+    write_file(saved, json.dumps(wanted, indent=2, ensure_ascii=False) + "\n")
     _copy_beside(folder, subject)
 
 

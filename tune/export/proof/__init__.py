@@ -23,7 +23,6 @@ Each model runs from its files, one matrix in memory at a time (`tune.models.str
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from tune.errors import ModelError
+from tune.export.place import PROOF, UNPROVEN
 from tune.export.proof.config import check_configs
 from tune.export.proof.logits import check_logits
 from tune.export.proof.prompts import choose_prompts
@@ -38,13 +38,11 @@ from tune.export.proof.stock import with_stock_adapter
 from tune.export.proof.tokenizer import check_tokenizer
 from tune.export.proof.weights import check_weights, open_merged
 from tune.export.subject import Subject
+from tune.folder import file_digest
 from tune.models.shards import Checkpoint
 from tune.models.streamed import compute_device
 from tune.progress import Progress
 from tune.versions import versions
-
-PROOF = "merge-proof.json"
-UNPROVEN = "UNPROVEN"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +112,8 @@ def prove(subject: Subject, folder: Path, progress: Progress | None = None) -> P
         "fingerprints": {
             "base": subject.provenance["base"]["fingerprint"],
             "data": subject.provenance["data"]["fingerprint"],
-            "adapter": _digest(subject.adapter / "adapter_model.safetensors"),
-            "files": {file.name: _digest(file) for file in merged.files} if merged is not None else {},
+            "adapter": file_digest(subject.adapter / "adapter_model.safetensors"),
+            "files": {path.name: file_digest(path) for path in sorted(folder.iterdir()) if _is_proven(path)},
         },
         "versions": versions(),
     }
@@ -138,6 +136,6 @@ def _same_names(base: Checkpoint, merged: Checkpoint) -> bool:
     }
 
 
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _is_proven(path: Path) -> bool:
+    """Whether a file is a part of the model, and not what is said of it."""
+    return path.is_file() and not path.name.startswith(".") and path.name not in (PROOF, UNPROVEN, "README.md")
