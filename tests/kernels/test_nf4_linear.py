@@ -123,3 +123,14 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_adapter_gradients() -> 
     assert relative(y, expected) < 1e-2
     for mine, theirs in zip((x, a, b), again, strict=True):
         assert relative(mine.grad, theirs.grad) < 2e-2
+
+
+@pytest.mark.parametrize("shape", [(64, 96), (100, 80), (64, 172), (128, 128), (3, 64, 96)])
+def test_a_matrix_of_any_size_is_unpacked_as_it_was_packed(shape: tuple[int, ...]) -> None:
+    from bitsandbytes.functional import quantize_4bit
+
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    packed, state = quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+    dense = dequantize(packed, state, torch.float32)
+    assert dense.shape == weight.shape
+    assert float((dense - weight).norm() / weight.norm()) < 0.11

@@ -18,6 +18,7 @@ Shapes: T tokens (leading dimensions flattened), I input features, O output feat
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -27,7 +28,13 @@ from torch import Tensor
 
 def dequantize(packed: Tensor, quant_state: QuantState, dtype: torch.dtype) -> Tensor:
     """Return the dense weight [O, I] in `dtype` of a packed 4-bit one."""
-    return dequantize_4bit(packed.view(-1, 1), quant_state).to(dtype)  # type: ignore[no-any-return]
+    shape = quant_state.shape
+    if shape[-1] % quant_state.blocksize:
+        # As one row: on CPUs with AVX-512, bitsandbytes 0.50.2 gives rows that are no whole number of blocks the
+        # scales of others.
+        quant_state = copy.copy(quant_state)
+        quant_state.shape = torch.Size((1, shape.numel()))
+    return dequantize_4bit(packed.view(-1, 1), quant_state).view(shape).to(dtype)  # type: ignore[no-any-return]
 
 
 def as_trained(weight_OI: Tensor, dtype: torch.dtype) -> Tensor:
