@@ -12,6 +12,21 @@ VOCABULARY = 384
 SIZES: dict[str, dict[str, Any]] = {
     "mistral": {"intermediate_size": 128, "num_key_value_heads": 2, "sliding_window": None},
     "mixtral": {"intermediate_size": 128, "num_key_value_heads": 2, "num_local_experts": 4, "sliding_window": None},
+    "olmoe": {"intermediate_size": 128, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "num_key_value_heads": 2,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 128,
+    },
+    "qwen3_moe": {
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+    },
     "llama": {"intermediate_size": 128, "num_key_value_heads": 2},
     "falcon": {"multi_query": True, "new_decoder_architecture": False, "alibi": False},
     "bloom": {},
@@ -68,12 +83,18 @@ def dequantized_twin(base: Any, path: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     from tune.kernels.nf4_linear import dequantize
+    from tune.models.experts import STACKS, NF4Experts
 
     stock = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     ours = dict(base.named_modules())
     for name, module in stock.named_modules():
-        twin = ours[name]
+        twin = ours.get(name)  # packed experts have no module for their activation
         if isinstance(twin, bnb.nn.Linear4bit):
             with torch.no_grad():
                 module.weight.copy_(dequantize(twin.weight, twin.weight.quant_state, torch.float32))
+        if isinstance(twin, NF4Experts):
+            with torch.no_grad():
+                for stack in STACKS:
+                    packed = getattr(twin, stack)
+                    getattr(module, stack).copy_(dequantize(packed, packed.quant_state, torch.float32))
     return stock.eval()

@@ -101,15 +101,6 @@ def test_the_probe_knows_who_keeps_packed_examples_apart(tmp_path: Path, family:
     assert load_base(schema.Model(base=str(path), dtype="float32"), torch.device("cpu")).packs is packs
 
 
-@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.experts])
-def test_a_mixture_of_experts_is_refused_before_its_weights_are_read(tmp_path: Path, family: str) -> None:
-    path = write_model(tmp_path / "base", family)
-    for weights in path.glob("*.safetensors"):
-        weights.write_bytes(b"")
-    with pytest.raises(ModelError, match="mixture of experts"):
-        load_base(schema.Model(base=str(path)), torch.device("cpu"))
-
-
 def test_a_model_that_scales_its_logits_is_refused_and_its_plain_twin_is_not(tmp_path: Path) -> None:
     sizes = {"intermediate_size": 128, "num_key_value_heads": 2}
     plain = write_model(tmp_path / "plain", "granite", logits_scaling=1.0, **sizes)

@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_they_are_the_files_of_the_recipes_folder() -> None:
     assert {path.name for path in shipped_recipes().values()} == {path.name for path in (ROOT / "recipes").iterdir()}
-    assert {"quickstart", "mistral-alpaca", "mistral-vicuna", "mixtral-alpaca"} <= set(shipped_recipes())
+    names = {"quickstart", "quickstart-mixtral", "mistral-alpaca", "mistral-vicuna", "mixtral-alpaca"}
+    assert names <= set(shipped_recipes())
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
@@ -32,8 +33,9 @@ def test_each_loads_is_described_and_fits_on_a_screen(name: str, tmp_path: Path)
     assert load_recipe(resolved) == recipe
 
 
-def test_the_quickstart_names_data_that_exists() -> None:
-    recipe = load_recipe(shipped_recipes()["quickstart"])
+@pytest.mark.parametrize("name", ["quickstart", "quickstart-mixtral"])
+def test_a_quickstart_names_data_that_exists(name: str) -> None:
+    recipe = load_recipe(shipped_recipes()[name])
     assert isinstance(recipe.data.eval, tuple)
     for source in (*recipe.data.train, *recipe.data.eval):
         assert (ROOT / source.path).is_file()
@@ -67,7 +69,15 @@ def test_the_list_shows_each_with_its_first_line(capsys: pytest.CaptureFixture[s
     for line, (name, path) in zip(lines, shipped_recipes().items(), strict=True):
         assert line.split()[0] == name
         assert path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ") in line
-        assert line.endswith("(not in this version yet)") is (name == "mixtral-alpaca")
+        assert "not in this version" not in line
+
+
+def test_the_list_says_which_one_waits(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = "runs/mistral-vicuna"
+    monkeypatch.setattr("tune.recipe.later.refusals", lambda recipe: ["later"] if recipe.output == waits else [])
+    recipes()
+    for line in capsys.readouterr().out.splitlines():
+        assert line.endswith("(not in this version yet)") is line.startswith("mistral-vicuna ")
 
 
 def test_one_is_printed_whole(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,17 @@ from tune.errors import ModelError
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertNames:
+    """What a checkpoint that keeps every expert apart calls what transformers stacks."""
+
+    block: str
+    """The module that holds router and experts, which transformers calls `mlp`."""
+    gate: str
+    up: str
+    down: str
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
     """Names of the linear layers of one architecture, as suffixes of their module names."""
 
@@ -21,7 +32,25 @@ class Family:
     mlp: tuple[str, ...]
     experts: bool = False
     """The feed-forward layers are experts behind a router, stored as 3-D parameters."""
+    per_expert: ExpertNames | None = None
+    """Names of the layout that servers read adapters in, one expert at a time; None where PEFT does not read it."""
 
+    def parts(self, kind: str) -> tuple[str, ...]:
+        """Return the names that one of `KINDS` stands for; none when this family has no such layers."""
+        experts = EXPERTS if self.experts else ()
+        return {
+            "attention": self.attention,
+            "mlp": self.mlp + experts,
+            "experts": experts,
+            "router": ROUTER if self.experts else (),
+        }[kind]
+
+
+EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
+"""The stacks of all experts of a layer, in every family."""
+ROUTER = ("gate.weight",)
+_MIXTRAL = ExpertNames("block_sparse_moe", gate="w1", up="w3", down="w2")
+_QWEN = ExpertNames("mlp", gate="gate_proj", up="up_proj", down="down_proj")
 
 _LLAMA_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _LLAMA_MLP = ("gate_proj", "up_proj", "down_proj")
@@ -30,15 +59,31 @@ _FUSED_MLP = ("dense_h_to_4h", "dense_4h_to_h")
 
 FAMILIES: dict[str, Family] = {
     "mistral": Family("mistral", _LLAMA_ATTENTION, _LLAMA_MLP),
-    "mixtral": Family("mixtral", _LLAMA_ATTENTION, (), experts=True),
+    "mixtral": Family("mixtral", _LLAMA_ATTENTION, (), experts=True, per_expert=_MIXTRAL),
     "llama": Family("llama", _LLAMA_ATTENTION, _LLAMA_MLP),
     "falcon": Family("falcon", _FUSED_ATTENTION, _FUSED_MLP),
     "bloom": Family("bloom", _FUSED_ATTENTION, _FUSED_MLP),
+    "olmoe": Family("olmoe", _LLAMA_ATTENTION, (), experts=True, per_expert=_QWEN),
+    "qwen2_moe": Family("qwen2_moe", _LLAMA_ATTENTION, (), experts=True),
+    "qwen3_moe": Family("qwen3_moe", _LLAMA_ATTENTION, (), experts=True, per_expert=_QWEN),
 }
 """By `model_type` of the model's config. CodeLlama is a Llama."""
 
 KINDS = ("attention", "mlp", "experts", "router")
 """What a recipe's `adapter.targets` may name besides modules."""
+
+
+_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts")
+"""What configs call the number of experts."""
+
+
+def is_mixture(config: Any) -> bool:
+    """Whether a transformers config describes a mixture of experts, of ours or of another family."""
+    family = family_of(config)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    parts = (config, text, getattr(config, "ffn_config", None))
+    counted = any(getattr(part, name, None) for part in parts for name in _COUNTS)
+    return counted or (family is not None and family.experts)
 
 
 def family_of(config: Any) -> Family | None:
@@ -47,7 +92,7 @@ def family_of(config: Any) -> Family | None:
 
 
 def target_suffixes(target: str, config: Any, base: str) -> tuple[str, ...]:
-    """Return the module-name suffixes that one entry of `adapter.targets` stands for.
+    """Return the suffixes of modules' and parameters' names that one entry of `adapter.targets` stands for.
 
     Raises:
         ModelError: a kind (such as `attention`) on a model whose family is not known, or that has no such layers.
@@ -61,10 +106,10 @@ def target_suffixes(target: str, config: Any, base: str) -> tuple[str, ...]:
             f"{getattr(config, 'model_type', None)!r} is not one of {', '.join(sorted(FAMILIES))}. "
             "Name its linear layers instead, such as targets: [q_proj, v_proj]."
         )
-    names = {"attention": family.attention, "mlp": family.mlp}.get(target, ())
+    names = family.parts(target)
     if not names:
         raise ModelError(
-            f"adapter.targets: {base} ({family.name}) has no {target} that this version can adapt. "
-            f"Use one of: {', '.join(k for k in ('attention', 'mlp') if getattr(family, k))}."
+            f"adapter.targets: {base} ({family.name}) has no {target} that could be adapted. "
+            f"Use one of: {', '.join(kind for kind in KINDS if family.parts(kind))}."
         )
     return names

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tune.data.hub import explain, one_line
 from tune.errors import ModelError
-from tune.models.catalog import family_of
+from tune.models.catalog import FAMILIES, family_of, is_mixture
 from tune.models.hub import local_folder, quiet_transformers, read_config
 from tune.recipe import schema
 
@@ -39,30 +39,38 @@ def check_supported(section: schema.Model, config: Any) -> None:
     """Refuse, from the config alone, what this version does not build.
 
     Raises:
-        ModelError: a mixture of experts, whose experts would silently stay in 16 bit and unadapted.
+        ModelError: a mixture of experts whose experts would silently stay in 16 bit and unadapted.
     """
     family = family_of(config)
-    moe = bool(getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None))
-    if (family is not None and family.experts) or moe:
+    if is_mixture(config) and (family is None or not family.experts):
+        known = ", ".join(sorted(name for name, entry in FAMILIES.items() if entry.experts))
         raise ModelError(
-            f"model.base: {section.base} is a mixture of experts ({config.model_type}). This version does not "
-            "quantise or adapt experts, and does not train with part of a model left out. Use a dense base, such as "
-            "mistralai/Mistral-7B-v0.1."
+            f"model.base: {section.base} is a mixture of experts of a kind ({config.model_type}) whose experts this "
+            "version does not quantise or adapt, and it does not train with part of a model left out. "
+            f"Use a base of one of the families {known}, or a dense one, such as mistralai/Mistral-7B-v0.1."
+        )
+    activation = getattr(config, "hidden_act", "silu")
+    if family is not None and family.experts and activation not in ("silu", "swish"):
+        raise ModelError(
+            f"model.base: the experts of {section.base} ({config.model_type}) have hidden_act {activation!r}, and "
+            "this version computes experts with silu only. Compare its config.json with the original model's."
         )
 
 
-def load_base(section: schema.Model, device: torch.device) -> LoadedBase:
+def load_base(section: schema.Model, device: torch.device, storage: torch.dtype = torch.uint8) -> LoadedBase:
     """Load `section.base` onto `device`, in NF4 with double quantisation or as it is.
 
     Args:
         section: the recipe's `model`.
         device: where the weights go.
+        storage: the dtype that packed bytes are kept in: bfloat16 where FSDP shards them, else uint8.
 
     Raises:
         ModelError: the base cannot be found, read, permitted or used; nothing is left half loaded.
     """
     from transformers import AutoModelForCausalLM
 
+    from tune.models.experts import IMPLEMENTATION
     from tune.models.nf4_quantizer import NF4Config
 
     config = read_config(section.base, section.revision, section.trust_remote_code)
@@ -70,7 +78,9 @@ def load_base(section: schema.Model, device: torch.device) -> LoadedBase:
     dtype = getattr(torch, section.dtype)
     quantization = None
     if section.quantization == "nf4":
-        quantization = NF4Config(dtype)
+        quantization = NF4Config(dtype, storage)
+    # Dense experts run through our op: transformers' own do not work at every size on every device.
+    experts = {"experts_implementation": IMPLEMENTATION} if is_mixture(config) else {}
     try:
         with quiet_transformers():
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -84,6 +94,7 @@ def load_base(section: schema.Model, device: torch.device) -> LoadedBase:
                 use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are refused below, by name
+                **experts,
             )
     except torch.OutOfMemoryError as error:
         raise ModelError(f"model.base: {section.base} does not fit into the memory of {device}.") from error
@@ -92,6 +103,7 @@ def load_base(section: schema.Model, device: torch.device) -> LoadedBase:
     except _CONTRADICTIONS as error:
         raise ModelError(_unbuildable(section.base, error)) from error
     _check_complete(section.base, info, model)
+    _check_experts(section.base, model)
     model.requires_grad_(False)
     model.eval()
     _keep_weights_packed(model)
@@ -151,12 +163,32 @@ def _check_complete(base: str, info: dict[str, Any], model: torch.nn.Module) -> 
             )
 
 
+def _check_experts(base: str, model: Any) -> None:
+    """Refuse experts of another layout, where the config did not tell that there are any."""
+    from tune.models.experts import foreign_experts
+
+    foreign = foreign_experts(model)
+    if foreign:
+        raise ModelError(
+            f"model.base: {base} ({model.config.model_type}) has experts whose layout this version neither quantises "
+            f"nor adapts ({foreign[0]}: {type(model.get_submodule(foreign[0])).__name__}). "
+            "Use a base of another family, such as mistralai/Mixtral-8x7B-v0.1."
+        )
+
+
 def _misshapen(model: torch.nn.Module) -> set[str]:
     """Packed weights of another shape than their layer: packing makes them flat, so transformers does not notice."""
     import bitsandbytes as bnb
 
+    from tune.models.experts import STACKS, NF4Experts
+
     found = set()
     for name, module in model.named_modules():
+        if isinstance(module, NF4Experts):
+            for stack in STACKS:
+                state = module.state_of(stack)
+                if state is None or tuple(state.shape) != module.shape_of(stack):
+                    found.add(f"{name}.{stack}")
         if isinstance(module, bnb.nn.Linear4bit):
             state = getattr(module.weight, "quant_state", None)
             if state is not None and tuple(state.shape) != (module.out_features, module.in_features):
@@ -205,12 +237,15 @@ def recompute_activations(model: Any) -> None:
 
 
 def _switch_dropout_off(model: torch.nn.Module) -> None:
-    """The base is frozen: dropout of its own would only make a step depend on how it is split into rows."""
+    """The base is frozen: noise of its own would only make a step depend on how it is split into rows.
+
+    A router's jitter, which scales its input at random, is such noise as well.
+    """
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         for name, value in vars(module).items():
-            if name.endswith("dropout") and isinstance(value, float):
+            if name.endswith(("dropout", "jitter_noise")) and isinstance(value, float):
                 setattr(module, name, 0.0)
 
 
@@ -256,7 +291,23 @@ def keeps_examples_apart(model: Any) -> bool:
 
     Two rows hold the same second example behind different first ones. Its logits must be bit-equal, and must agree
     with those of the example alone. Falcon and BLOOM fail this; they get one example a row.
+
+    Experts are left out. They see one token at a time and cannot mix examples, but how many rows an expert's product
+    has depends on all tokens of a row, and with it how each of them is rounded.
     """
+    from tune.models.experts import expert_modules
+
+    replaced = expert_modules(model).values()
+    for module in replaced:
+        module.forward = lambda hidden, *_: torch.zeros_like(hidden)
+    try:
+        return _keeps_apart(model)
+    finally:
+        for module in replaced:
+            del module.forward
+
+
+def _keeps_apart(model: Any) -> bool:
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     device = model.get_input_embeddings().weight.device

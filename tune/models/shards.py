@@ -41,6 +41,23 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
+class Stack:
+    """A parameter of all experts [E, out, in] that is stored expert by expert, its rows in one matrix or in two."""
+
+    experts: tuple[tuple[str, ...], ...]
+
+
+Stored = str | Stack
+"""How a checkpoint holds a parameter: as a tensor of this name, or as many."""
+
+_PER_EXPERT = {
+    "gate_up_proj": (("w1", "w3"), ("gate_proj", "up_proj")),
+    "down_proj": (("w2",), ("down_proj",)),
+}
+"""The matrices of one expert that make up its rows of a parameter: Mixtral's names, and OLMoE's and Qwen's."""
+
+
+@dataclass(frozen=True, slots=True)
 class Checkpoint:
     """The safetensors files of one model."""
 
@@ -76,6 +93,20 @@ class Checkpoint:
         tensor = torch.frombuffer(data, dtype=dtype).view(stop - start, *shape[1:])
         return tensor if place.shape else tensor[0]
 
+    def shape_of(self, stored: Stored) -> tuple[int, ...]:
+        """Return the shape of a parameter; of a stack, [E, out, in].
+
+        Raises:
+            ModelError: the experts of a stack differ in shape.
+        """
+        if isinstance(stored, str):
+            return self.places[stored].shape
+        shapes = [[self.places[name].shape for name in names] for names in stored.experts]
+        for names, found in zip(stored.experts, shapes, strict=True):
+            if found != shapes[0] or any(len(shape) != 2 or shape[1] != found[0][1] for shape in found):
+                raise ModelError(f"{self.places[names[0]].file}: {names[0]} has another shape than the other experts'.")
+        return len(shapes), sum(shape[0] for shape in shapes[0]), *shapes[0][0][1:]
+
     def chunks(self, name: str) -> Iterator[bytes]:
         """Yield the bytes of one tensor, some megabytes at a time."""
         place = self.places[name]
@@ -86,18 +117,42 @@ class Checkpoint:
         """Return the stored name of a module's parameter, or None.
 
         Some checkpoints leave out the prefix of the model under the output head (BLOOM), or have it where the
-        model does not.
+        model does not; some call a block otherwise (Mixtral).
 
         Args:
             module: its full name in the transformers model; empty for the model itself.
             prefix: the model's `base_model_prefix`.
             parameter: the parameter's name in the module.
         """
-        name = f"{module}.{parameter}" if module else parameter
-        for candidate in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
+        for block in _spellings(module, prefix):
+            candidate = f"{block}.{parameter}" if block else parameter
             if candidate in self.places:
                 return candidate
         return None
+
+    def find_stack(self, module: str, prefix: str, parameter: str, experts: int) -> Stack | None:
+        """Return the stored matrices of a parameter that holds all experts of a layer, or None.
+
+        Args:
+            module: the experts' full name in the transformers model.
+            prefix: the model's `base_model_prefix`.
+            parameter: `gate_up_proj` or `down_proj`.
+            experts: how many.
+        """
+        for block in _spellings(module, prefix):
+            for matrices in _PER_EXPERT.get(parameter, ()):
+                names = tuple(
+                    tuple(f"{block}.{expert}.{matrix}.weight" for matrix in matrices) for expert in range(experts)
+                )
+                if all(name in self.places for expert in names for name in expert):
+                    return Stack(names)
+        return None
+
+
+def _spellings(module: str, prefix: str) -> list[str]:
+    """The names that a checkpoint may have for a module."""
+    found = [module, module.removeprefix(f"{prefix}."), f"{prefix}.{module}" if module else prefix]
+    return found + [name.replace(".mlp.", ".block_sparse_moe.") for name in found if ".mlp." in name]
 
 
 def copying(descriptor: int, start: int, end: int) -> Iterator[bytes]:

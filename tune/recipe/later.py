@@ -24,24 +24,7 @@ class Later(NamedTuple):
 FORMATS_LATER: tuple[str, ...] = ("prompt_completion", "question_answer", "text")
 TEMPLATES_LATER: tuple[str, ...] = ("koala", "mistral-v2", "llama-2", "codellama", "zephyr", "falcon", "plain")
 
-_ADAPT_REST = "Adapt attention, and on a dense model mlp."
-
 _SINGLE: tuple[Later, ...] = (
-    Later(
-        lambda recipe: "experts" in recipe.adapter.targets,
-        "adapter.targets",
-        f"experts are not adapted in this version. {_ADAPT_REST}",
-    ),
-    Later(
-        lambda recipe: "router" in recipe.adapter.targets,
-        "adapter.targets",
-        f"a router is not adapted in this version. {_ADAPT_REST}",
-    ),
-    Later(
-        lambda recipe: recipe.router.train == "full",
-        "router.train",
-        "a router does not train in full in this version. Write frozen.",
-    ),
     Later(
         lambda recipe: recipe.train.recompute == "experts",
         "train.recompute",
