@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,19 +12,25 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import layer as peft_layer
 from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
+from tune.adapters import expert_lora, router
+from tune.adapters.files import declared_rank
+from tune.adapters.layout import read_as_stock
 from tune.errors import ModelError, did_you_mean
 from tune.kernels.nf4_linear import nf4_lora_linear
-from tune.models.catalog import KINDS, target_suffixes
+from tune.models.catalog import KINDS, family_of, target_suffixes
 from tune.models.load import LoadedBase
 from tune.recipe import schema
 
 ADAPTER = "default"
 """PEFT's name for the one adapter a run trains."""
+
+IN_FULL = 0
+"""In the place of a rank: the weight itself trains."""
 
 _DECODE_TOKENS = 8
 """At most this many tokens without gradients are generation, where bitsandbytes' fused product reads less memory."""
@@ -36,6 +41,19 @@ class NF4LoraLinear(PeftLinear4bit):  # type: ignore[misc]
 
     Everything else (disabled, merged, several adapters, mixed batches, DoRA) is PEFT's own code path.
     """
+
+    merges = True
+    """Whether PEFT may merge it in memory. Not in a model whose experts it may not: it would be left half merged."""
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge as PEFT does.
+
+        Raises:
+            ModelError: experts or a router are adapted in this model.
+        """
+        if not self.merges:
+            raise ModelError(expert_lora.MERGE_REFUSED)
+        super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         active = [name for name in self.active_adapters if name in self.lora_A]
@@ -71,24 +89,35 @@ def _matches(name: str, suffix: str) -> bool:
     return name == suffix or name.endswith("." + suffix)
 
 
-def resolve_targets(section: schema.Adapter, base: LoadedBase, base_name: str) -> dict[str, int]:
-    """Return the rank of every module that the recipe's `adapter` adapts, by full module name.
+def resolve_targets(
+    section: schema.Adapter, base: LoadedBase, base_name: str, router_section: schema.Router | None = None
+) -> dict[str, int]:
+    """Return the rank of everything that the recipe's `adapter` adapts, by full name.
+
+    A linear layer goes by its module's name; the experts' stacks and a router's weight go by their parameter's. A
+    router that trains in full, as the recipe's `router` may ask, has the rank `IN_FULL`.
 
     Raises:
-        ModelError: a target, an exclusion or a rank that names no linear layer of this model.
+        ModelError: a target, an exclusion or a rank that names nothing of this model that can be adapted.
     """
-    known = linears(base.model)
-    last_names = sorted({name.rsplit(".", 1)[-1] for name in known})
-    if not known:
+    modules = linears(base.model)
+    stacks = set(expert_lora.expert_parameters(base.model))
+    routers = {f"{name}.weight" for name in router.routers(base.model)}
+    bare = stacks | routers
+    known = [*modules, *sorted(bare)]
+    last_names = sorted({name.rsplit(".", 1)[-1] for name in (*modules, *stacks)} | ({"router"} if routers else set()))
+    what = "linear layer, experts or router" if bare else "linear layer"
+    if not modules:
         raise ModelError(
             f"model.base: {base_name} has no linear layers, so there is nothing to adapt. Check its config.json."
         )
 
     def find(key: str, suffix: str) -> list[str]:
         found = [name for name in known if _matches(name, suffix)]
+        found += [name for name in bare if _matches(name.rpartition(".")[0], suffix)]
         if not found:
             raise ModelError(
-                f"adapter.{key}: {suffix!r} names no linear layer of {base_name} that can be adapted."
+                f"adapter.{key}: {suffix!r} names no {what} of {base_name} that can be adapted."
                 f"{did_you_mean(suffix, last_names)} It has: {', '.join(last_names)}."
             )
         return found
@@ -109,43 +138,90 @@ def resolve_targets(section: schema.Adapter, base: LoadedBase, base_name: str) -
                 ranks.pop(name, None)
     if not ranks:
         raise ModelError("adapter.exclude: leaves nothing of adapter.targets to adapt. Exclude less.")
+    _check_routers(section, base_name, routers, ranks, router_section)
+    if router_section is not None and router_section.train == "full":
+        ranks.update(dict.fromkeys(sorted(routers), IN_FULL))
     return ranks
 
 
-def attach(base: LoadedBase, section: schema.Adapter, base_name: str, seed: int) -> PeftModel:
+def _check_routers(
+    section: schema.Adapter, base_name: str, routers: set[str], ranks: dict[str, int], asked: schema.Router | None
+) -> None:
+    full = asked is not None and asked.train == "full"
+    adapted = sorted(routers & ranks.keys())
+    if full and not routers:
+        raise ModelError(f"router.train: full: {base_name} has no router. Write frozen, or leave it out.")
+    if full and adapted:
+        raise ModelError(
+            f"router.train: full trains {adapted[0]}, and adapter.targets puts a LoRA on it as well. Choose one."
+        )
+    if section.dropout and adapted:
+        raise ModelError(
+            f"adapter.dropout: does not reach the LoRA on a router ({section.dropout}; {adapted[0]}). Set it to 0, or "
+            "take the router out of adapter.targets; router.train: full trains it without LoRA."
+        )
+
+
+def attach(
+    base: LoadedBase, section: schema.Adapter, base_name: str, seed: int, router_section: schema.Router | None = None
+) -> PeftModel:
     """Inject LoRA into `base.model` (in place) and initialise it; only the adapter requires gradients.
 
     The start is a function of the seed and each module's name alone, drawn in float32: the storage of the base,
-    the order of injection and the device do not change it.
+    the order of injection and the device do not change it. A router that trains in full starts as it is.
     """
-    import bitsandbytes as bnb
-
-    ranks = resolve_targets(section, base, base_name)
+    claimed = resolve_targets(section, base, base_name, router_section)
+    ranks = {name: rank for name, rank in claimed.items() if rank != IN_FULL}
+    modules = linears(base.model).keys()
+    everything = [*(name for name, _ in base.model.named_modules()), *(n for n, _ in base.model.named_parameters())]
+    bare = [name for name in ranks if name not in modules]
+    in_full = [name.rpartition(".")[0] for name, rank in claimed.items() if rank == IN_FULL]
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=section.rank,
         lora_alpha=section.alpha,
         lora_dropout=section.dropout,
-        target_modules=_shortest_suffixes(ranks, base.model),
+        target_modules=_shortest_suffixes([name for name in ranks if name in modules], everything, parts=1),
+        target_parameters=_shortest_suffixes(bare, everything, parts=2) or None,
+        modules_to_save=_shortest_suffixes(in_full, everything, parts=2) or None,
         rank_pattern={name: rank for name, rank in ranks.items() if rank != section.rank},
         init_lora_weights=False,
         base_model_name_or_path=base_name,
     )
-    config._register_custom_module({bnb.nn.Linear4bit: NF4LoraLinear})
+    register(config, base.model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for a name that it will drop
+        warnings.filterwarnings("ignore", "The following rank_pattern keys")  # it looks among modules alone
         model = get_peft_model(base.model, config, adapter_name=ADAPTER)
     config.init_lora_weights = True
+    router.train_in_full(base.model, ADAPTER)
+    if bare or in_full:
+        for module in base.model.modules():
+            if isinstance(module, NF4LoraLinear):
+                module.merges = False
+    if bare:
+        # Stock PEFT refuses to load an adapter with parameters and dropout. The layers have theirs by now.
+        config.lora_dropout = 0.0
     initialise(model, section, seed)
     return model
 
 
-def _shortest_suffixes(ranks: dict[str, int], model: nn.Module) -> list[str]:
-    """Name the targets as PEFT users do (`q_proj`) where that means the same set, and in full where it does not."""
-    last_names = {name.rsplit(".", 1)[-1] for name in ranks}
-    if {name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in last_names} == set(ranks):
-        return sorted(last_names)
-    return sorted(ranks)
+def register(config: LoraConfig, model: nn.Module) -> None:
+    """Tell PEFT of our layers for what `model` holds. It does not save this, so each config of ours is told again."""
+    import bitsandbytes as bnb
+
+    mapping: dict[type[nn.Module], type[nn.Module]] = {bnb.nn.Linear4bit: NF4LoraLinear}
+    mapping |= {type(module): expert_lora.ParamWrapper for module in expert_lora.expert_parameters(model).values()}
+    mapping |= {type(module): router.ParamWrapper for module in router.routers(model).values()}
+    config._register_custom_module(mapping)
+
+
+def _shortest_suffixes(wanted: list[str], everything: list[str], parts: int) -> list[str]:
+    """Name targets as PEFT users do (`q_proj`) where that means the same set, and in full where it does not."""
+    short = {".".join(name.split(".")[-parts:]) for name in wanted}
+    if {name for name in everything if any(_matches(name, suffix) for suffix in short)} == set(wanted):
+        return sorted(short)
+    return sorted(wanted)
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -158,18 +234,25 @@ def initialise(model: nn.Module, section: schema.Adapter, seed: int) -> None:
     """Draw every A from (seed, module name) in float32 and set every B to zero.
 
     `default` is PEFT's own: uniform with bound 1/sqrt(in_features) (Kaiming with a = sqrt(5)); `gaussian` is normal
-    with standard deviation 1/rank.
+    with standard deviation 1/rank. The A of a stack of experts goes by the stack's name, wherever PEFT nests it.
     """
+    wrappers = {name: module for name, module in model.named_modules() if isinstance(module, peft_layer.ParamWrapper)}
     for name, parameter in adapter_parameters(model):
         if ".lora_B." in name:
             parameter.zero_()
+        if ".lora_A." not in name:
             continue
-        digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+        owner, _, rest = name.partition(".lora_A.")
+        wrapper = wrappers.get(owner)
+        stacked = 1
+        if wrapper is not None:
+            owner, stacked = f"{expert_lora.plain_name(owner)}.{wrapper.parameter_name}", wrapper.num_experts
+        digest = hashlib.sha256(f"{seed} {owner}.lora_A.{rest}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        rank, in_features = parameter.shape
-        start = torch.empty(rank, in_features, dtype=torch.float32)
+        rows, in_features = parameter.shape
+        start = torch.empty(rows, in_features, dtype=torch.float32)
         if section.init == "gaussian":
-            start.normal_(0, 1 / rank, generator=generator)
+            start.normal_(0, stacked / rows, generator=generator)
         else:
             bound = 1 / math.sqrt(in_features)
             start.uniform_(-bound, bound, generator=generator)
@@ -192,39 +275,34 @@ def adapter_config_text(model: PeftModel) -> str:
 
 
 def read_adapter(folder: Path, model: PeftModel) -> None:
-    """Put the tensors of a PEFT folder into the attached adapter.
+    """Put the tensors of a PEFT folder, in either layout of experts, into the attached adapter.
 
     Raises:
         ModelError: the folder is no adapter, holds a pickle, or does not fit the attached adapter.
     """
-    config_path, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    if not config_path.is_file():
-        raise ModelError(f"{folder}: holds no adapter_config.json, so it is not a PEFT adapter. Give a folder that is.")
-    if not weights.is_file():
-        pickled = (folder / "adapter_model.bin").exists()
-        remedy = "The pickled one it holds is never read: save it as safetensors." if pickled else "Copy it again."
-        raise ModelError(f"{folder}: holds no adapter_model.safetensors. {remedy}")
-    try:
-        config = dict(json.loads(config_path.read_text(encoding="utf-8")))
-        state = load_file(os.fspath(weights))
-    except (ValueError, TypeError, OSError, SafetensorError) as error:
-        raise ModelError(f"{folder}: the adapter cannot be read ({error}). The copy may be incomplete.") from error
+    files = read_as_stock(folder, family_of(model.config))
+    config, state = files.config, files.tensors
     ours = model.peft_config[ADAPTER]
-    for theirs, mine in (("r", "rank"), ("lora_alpha", "alpha")):
-        if config.get(theirs) != getattr(ours, theirs):
-            raise ModelError(
-                f"{folder}: its {theirs} is {config.get(theirs)}, the recipe's adapter.{mine} is "
-                f"{getattr(ours, theirs)}. Set adapter.{mine}: {config.get(theirs)} to continue it."
-            )
     if config.get("alpha_pattern"):
         raise ModelError(f"{folder}: has alphas of its own for some layers, which this version does not continue.")
-    if config.get("use_dora") or config.get("use_rslora") or config.get("modules_to_save"):
+    if config.get("use_dora") or config.get("use_rslora"):
+        raise ModelError(f"{folder}: uses DoRA or rank-stabilised scaling, which this version does not.")
+    if config.get("modules_to_save") and not ours.modules_to_save:
         raise ModelError(
-            f"{folder}: uses DoRA, rank-stabilised scaling or trained whole modules, which this version does not."
+            f"{folder}: holds modules that were trained whole ({', '.join(sorted(config['modules_to_save']))}), which "
+            "the recipe does not train so. A router's is continued with router.train: full."
         )
     wanted = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
     missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     wrong = sorted(name for name in wanted.keys() & state.keys() if wanted[name].shape != state[name].shape)
+    differs = [] if config.get("lora_alpha") == ours.lora_alpha else [("lora_alpha", "alpha")]
+    if config.get("r") != ours.r and (wrong or not _same_ranks(config, model)):
+        differs.insert(0, ("r", "rank"))
+    for theirs, mine in differs:
+        raise ModelError(
+            f"{folder}: its {theirs} is {config.get(theirs)}, the recipe's adapter.{mine} is "
+            f"{getattr(ours, theirs)}. Set adapter.{mine}: {config.get(theirs)} to continue it."
+        )
     for words, names in (("lacks", missing), ("has, beyond adapter.targets,", extra), ("has another shape for", wrong)):
         if names:
             raise ModelError(
@@ -232,3 +310,14 @@ def read_adapter(folder: Path, model: PeftModel) -> None:
                 "Give the recipe the adapter.targets and ranks that it was trained with."
             )
     set_peft_model_state_dict(model, state, adapter_name=ADAPTER)
+
+
+def _same_ranks(config: dict[str, Any], model: nn.Module) -> bool:
+    """Whether an adapter's config gives every adapted layer the rank that it has in `model`."""
+    ranks = {
+        (f"{name}.{module.parameter_name}" if isinstance(module, peft_layer.ParamWrapper) else name): module.r[ADAPTER]
+        for name, module in model.named_modules()
+        if isinstance(module, peft_layer.LoraLayer) and ADAPTER in module.r
+    }
+    plain = {expert_lora.plain_name(name).removeprefix("base_model.model."): rank for name, rank in ranks.items()}
+    return isinstance(config.get("r"), int) and all(declared_rank(config, n) == rank for n, rank in plain.items())
