@@ -83,6 +83,30 @@ def test_a_process_without_an_example_takes_part(tmp_path: Path) -> None:
     compare(tmp_path / "one", tmp_path / "two")
 
 
+@pytest.mark.parametrize("batch_size", [1, 8], ids=["a process without an example", "examples for both"])
+def test_two_processes_balance_routers_by_the_load_of_both(tmp_path: Path, batch_size: int) -> None:
+    """Without the other's load, or with each its own, adapters would part: the balance outweighs the loss here."""
+    changes = {
+        "model__quantization": "none",
+        "adapter__targets": ["attention"],
+        "router__balance_loss": 1.0,
+        "train__batch_size": batch_size,
+        "train__max_steps": 5,
+        "train__save_every": 1,
+    }
+    train(tiny_recipe(tmp_path, "mixtral", output=tmp_path / "one", **changes))
+    tiny_recipe(tmp_path, "mixtral", output=tmp_path / "two", **changes)
+    log = tmp_path / "log"
+    assert launch(["train", str(tmp_path / "recipe.yaml")], 2, log) == [0, 0], log.with_suffix(".0").read_text()
+    compare(tmp_path / "one", tmp_path / "two")
+    for one, two in zip(logged(tmp_path / "one"), logged(tmp_path / "two"), strict=True):
+        assert two["router"]["balance"] == pytest.approx(one["router"]["balance"], rel=1e-4)
+        assert two["router"]["largest_load"] == pytest.approx(one["router"]["largest_load"], rel=0.01)
+    states = (tmp_path / name / "checkpoints/step-000003/state.json" for name in ("one", "two"))
+    one, two = (json.loads(state.read_text())["expert_counts"] for state in states)
+    assert [sum(layer) for layer in two] == [sum(layer) for layer in one]
+
+
 def logged(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 

@@ -63,6 +63,9 @@ class TrainingState:
     """Longest row, so that an automatic choice is made once for the whole run."""
     recompute: bool = False
     """Whether activations are computed again in the backward."""
+    expert_counts: list[list[int]] | None = None
+    """Tokens that chose each expert of each layer in the newest step that was applied; the next balance loss goes by
+    them."""
 
 
 def machine() -> dict[str, Any]:

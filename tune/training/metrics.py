@@ -7,7 +7,7 @@ import os
 import resource
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
 import torch
@@ -45,11 +45,11 @@ class Metrics:
         """Append one step; numbers that JSON has no word for become null."""
         if self._file is None:
             return
-        plain = {key: _finite(value) for key, value in metrics.items()}
+        plain = _finite(metrics)
         self._file.write(json.dumps(plain) + "\n")
         self._file.flush()
         for tracker in self._trackers:
-            tracker.log({k: v for k, v in plain.items() if k != "step" and v is not None}, step=metrics["step"])
+            tracker.log({k: v for k, v in _series(plain) if k != "step" and v is not None}, step=metrics["step"])
 
     def close(self) -> None:
         """End the log and the trackers."""
@@ -61,7 +61,20 @@ class Metrics:
 
 
 def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not (abs(value) < float("inf")) else value
+
+
+def _series(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield each number under a name of its own: trackers draw a curve for `router/entropy/0`, and none for a list."""
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _series(inner, f"{name}/{key}" if name else str(key))
+    else:
+        yield name, value
 
 
 def _keep_until(run: RunFolder, step: int) -> None:

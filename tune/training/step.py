@@ -2,7 +2,8 @@
 
 The loss is the sum of the cross-entropy over the trained tokens of the step, divided by their number over all
 devices and rows, counted before the first backward. A token therefore weighs the same wherever it was dealt, and
-the gradient does not depend on devices, micro-batches or packing.
+the gradient does not depend on devices, micro-batches or packing. On a mixture of experts each row adds its part of
+the router's balance, which is split in the same way (`router_balance`).
 
 Shapes: T tokens of a row, N of them with a token to predict, H hidden size.
 """
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from tune.data.collate import Row
 from tune.kernels.cross_entropy import cross_entropy_sum
 from tune.training.devices import Devices
+from tune.training.router_balance import RouterLoad, StepBalance
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,18 +29,31 @@ class StepResult:
     """What a step reports."""
 
     loss: float
-    """Mean cross-entropy per trained token, in nats."""
+    """Mean cross-entropy per trained token, in nats, without the router's balance."""
     grad_norm: float
     """Euclidean norm of the adapter's gradient, before clipping."""
     applied: bool
     """False when loss or gradient was not finite: the adapter is as it was."""
+    router: RouterLoad | None = None
+    """The experts' load, of a mixture of experts."""
 
 
 def row_loss(model: Any, row: Row) -> Tensor:
     """Summed cross-entropy (nats, float32 scalar) of a row's trained tokens, without holding all logits."""
+    return _forward(model, row)[0]
+
+
+def row_loss_and_router_logits(model: Any, row: Row) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return `row_loss` of a mixture of experts, and the router logits [T, experts] of each layer."""
+    loss, outputs = _forward(model, row, output_router_logits=True)
+    return loss, outputs.router_logits
+
+
+def _forward(model: Any, row: Row, **wanted: bool) -> tuple[Tensor, Any]:
     backbone, head = model.base_model, model.get_output_embeddings()
-    hidden_1TH = backbone(input_ids=row.ids_1T, position_ids=row.positions_1T, use_cache=False)[0]
-    return cross_entropy_sum(hidden_1TH[0, row.predict_at_N], head.weight, row.labels_N, head.bias)
+    outputs = backbone(input_ids=row.ids_1T, position_ids=row.positions_1T, use_cache=False, **wanted)
+    hidden_NH = outputs[0][0, row.predict_at_N]
+    return cross_entropy_sum(hidden_NH, head.weight, row.labels_N, head.bias), outputs
 
 
 def train_step(
@@ -49,6 +64,7 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     max_grad_norm: float,
     devices: Devices,
+    balance: StepBalance | None = None,
 ) -> StepResult:
     """Train on this process's rows of one step.
 
@@ -60,14 +76,21 @@ def train_step(
         optimizer: over those parameters, its learning rate already set.
         max_grad_norm: the gradient is scaled down to this norm; 0 leaves it.
         devices: the processes.
+        balance: this step's, of a mixture of experts.
     """
     total = torch.zeros((), device=devices.device)
     for row in rows:
-        loss = row_loss(model, row) / trained_tokens
-        torch.autograd.backward(loss)
+        if balance is None:
+            loss = objective = row_loss(model, row) / trained_tokens
+        else:
+            cross_entropy, router_logits = row_loss_and_router_logits(model, row)
+            loss = cross_entropy / trained_tokens
+            objective = loss + balance.row_loss(router_logits)
+        torch.autograd.backward(objective)
         total += loss.detach()
     devices.sum_gradients(parameters)
     loss_value = float(devices.sum(total))
+    load = balance.finish(devices) if balance is not None else None
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     norm_value = float(norm)
@@ -77,4 +100,4 @@ def train_step(
             torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss_value, norm_value, applied)
+    return StepResult(loss_value, norm_value, applied, load)

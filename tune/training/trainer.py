@@ -33,6 +33,7 @@ from tune.training.checkpoint import TrainingState, prune, restore_checkpoint, s
 from tune.training.devices import Devices
 from tune.training.metrics import Metrics, peak_memory_bytes
 from tune.training.optimizer import build_optimizer, build_scheduler
+from tune.training.router_balance import StepBalance, routers_of
 from tune.training.step import StepResult, row_loss, train_step
 
 
@@ -88,6 +89,7 @@ class Trainer:
         self.state.row_tokens, self.state.recompute = job.rows.row_tokens, job.rows.recompute
         self.scheduler = build_scheduler(train, self.optimizer, self.total, self.state.step)
         self.network: Any = job.model.get_base_model()
+        self.routers = routers_of(self.network)
         self._signal: int | None = None
 
     def run(self) -> TrainingState:
@@ -135,6 +137,7 @@ class Trainer:
         torch.manual_seed(_seed_of(train.seed, state.step, job.devices.rank))
         chosen = self.order.step(state.step)
         mine = deal(chosen, self.lengths, job.devices.count)[job.devices.rank]
+        tokens = int(self.lengths[chosen].sum())
         rate = self.optimizer.param_groups[0]["lr"]
         result = train_step(
             self.network,
@@ -144,6 +147,7 @@ class Trainer:
             self.optimizer,
             train.max_grad_norm,
             job.devices,
+            self._balance(tokens),
         )
         state.step += 1
         with warnings.catch_warnings():
@@ -151,14 +155,15 @@ class Trainer:
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             self.scheduler.step()
         self._count_bad(result)
-        tokens = int(self.lengths[chosen].sum())
+        if result.router is not None and result.applied:
+            state.expert_counts = result.router.counts
         seconds = time.perf_counter() - started
         state.trained_seconds += seconds
         state.trained_tokens += tokens
         if job.held_out is None and result.applied:
             state.first_loss = result.loss if state.first_loss is None else state.first_loss
             state.last_loss = result.loss
-        return {
+        entry = {
             "step": state.step,
             "loss": result.loss,
             "learning_rate": rate,
@@ -167,6 +172,13 @@ class Trainer:
             "tokens_per_second": round(tokens / seconds, 1),
             "memory_bytes": peak_memory_bytes(job.devices.device),
         }
+        return entry if result.router is None else {**entry, "router": result.router.metrics()}
+
+    def _balance(self, tokens: int) -> StepBalance | None:
+        if self.routers is None:
+            return None
+        weight = self.job.recipe.router.balance_loss
+        return StepBalance(self.routers, weight, tokens, self.state.expert_counts, self.job.devices.device)
 
     def _count_bad(self, result: StepResult) -> None:
         state, limit = self.state, self.job.recipe.train.max_bad_steps
