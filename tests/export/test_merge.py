@@ -414,7 +414,7 @@ def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"\[.*\].*belongs to another base"):
         merge(run.run.root, tmp_path / "out")
     run.adapter_file.write_bytes(made("bloom").adapter_file.read_bytes())
-    with pytest.raises(ModelError, match="no linear layer of"):
+    with pytest.raises(ModelError, match="is no matrix of"):
         merge(run.run.root, tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"made"}
 

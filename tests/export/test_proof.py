@@ -28,7 +28,7 @@ from tests.export.merges import (
 from tests.tiny import write_model
 from tune.errors import UntrustworthyError
 from tune.export import merge as merging
-from tune.export.deltas import Delta, read_deltas
+from tune.export.deltas import Delta
 from tune.export.merge import merge
 from tune.export.proof import UNPROVEN, Proof, prove
 from tune.export.proof.logits import Difference, _distinct
@@ -52,8 +52,8 @@ class Case:
     @functools.cached_property
     def deltas(self) -> dict[str, Tensor]:
         """ΔW by the stored name of its matrix."""
-        found = read_deltas(self.run.run.adapter)
-        return {f"{name}.weight": (d.b_OR @ d.a_RI) * d.scaling for name, d in found.items()}
+        found = {name: d for name, d in self.subject.deltas.items() if isinstance(d, Delta)}
+        return {name: (d.b_OR @ d.a_RI) * d.scaling for name, d in found.items()}
 
     def weight(self, name: str) -> Tensor:
         """A matrix of the base."""

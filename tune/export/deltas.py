@@ -8,14 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from tune.errors import ModelError
+from tune.models.experts import STACKS
 
 _BEFORE = "base_model.model."
+_INSIDE = ".base_layer"
+_ROUTERS = ("gate", "router")
 
 _HARMLESS = frozenset(
     [
@@ -26,6 +30,8 @@ _HARMLESS = frozenset(
         "base_model_name_or_path",
         "revision",
         "inference_mode",
+        "target_parameters",
+        "modules_to_save",
         "r",
         "lora_alpha",
         "lora_dropout",
@@ -50,14 +56,14 @@ _HARMLESS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """The low-rank change of one linear layer."""
+    """The low-rank change of one matrix."""
 
     a_RI: Tensor
     b_OR: Tensor
     scaling: float
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def shape(self) -> tuple[int, ...]:
         """Of the matrix that it changes: [out, in]."""
         return self.b_OR.shape[0], self.a_RI.shape[1]
 
@@ -66,8 +72,74 @@ class Delta:
         return (self.b_OR[start:stop].float() @ self.a_RI.float()) * self.scaling
 
 
-def read_deltas(folder: Path) -> dict[str, Delta]:
-    """Return the deltas of a PEFT LoRA folder by the name of the module that each changes.
+@dataclass(frozen=True, slots=True)
+class StackDelta:
+    """The low-rank changes of all experts of a layer, in stock PEFT's layout.
+
+    A's rows are expert-major; B's columns are rank-major, the expert fastest.
+    """
+
+    a_QI: Tensor
+    """[E·R, in]"""
+    b_OQ: Tensor
+    """[out, R·E]"""
+    scaling: float
+    experts: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the parameter that it changes: [E, out, in]."""
+        return self.experts, self.b_OQ.shape[0], self.a_QI.shape[1]
+
+    def expert(self, expert: int, start: int = 0, stop: int | None = None) -> Delta:
+        """Return the change of rows `start` to `stop` of one expert."""
+        a_ERI = self.a_QI.reshape(self.experts, -1, self.a_QI.shape[1])
+        b_ORE = self.b_OQ.reshape(self.b_OQ.shape[0], -1, self.experts)
+        return Delta(a_ERI[expert], b_ORE[start:stop, :, expert], self.scaling)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Return ΔW [experts, out, in] of some experts, in float32."""
+        count = self.b_OQ.shape[0]
+        return torch.stack([self.expert(expert).rows(0, count) for expert in range(start, min(stop, self.experts))])
+
+
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """A matrix that trained in full, and takes the old one's place."""
+
+    value: Tensor
+
+    def delta(self, shape: tuple[int, ...]) -> Replacement | None:
+        """Return itself; None when it belongs to a parameter of another shape."""
+        return self if tuple(self.value.shape) == shape else None
+
+
+Change = Delta | StackDelta | Replacement
+"""What a merge does to one stored tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A and B as an adapter file holds them, of one parameter."""
+
+    a: Tensor
+    b: Tensor
+    alpha: float
+    rank_stabilised: bool
+
+    def delta(self, shape: tuple[int, ...]) -> Delta | StackDelta | None:
+        """Return what they add to a parameter of this shape; None when they belong to another."""
+        experts = shape[0] if len(shape) == 3 else 1
+        rank, rest = divmod(self.a.shape[0], experts)
+        if rest or not rank:
+            return None
+        scaling = self.alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
+        found = StackDelta(self.a, self.b, scaling, experts) if len(shape) == 3 else Delta(self.a, self.b, scaling)
+        return found if found.shape == shape else None
+
+
+def read_pairs(folder: Path) -> dict[str, Pair | Replacement]:
+    """Return A and B of a PEFT LoRA folder, or a whole matrix, by the full name of the parameter that each changes.
 
     Raises:
         ModelError: it is no adapter, is damaged, or holds what a merge would lose; each thing by name.
@@ -79,27 +151,46 @@ def read_deltas(folder: Path) -> dict[str, Delta]:
     except (OSError, SafetensorError, ValueError) as error:
         raise ModelError(f"{path}: the adapter cannot be read ({error}). The copy may be incomplete.") from error
     _refuse_unmergeable(folder, config)
-    deltas: dict[str, Delta] = {}
+    pairs: dict[str, Pair | Replacement] = {}
     for name in [name for name in tensors if name.endswith(".lora_A.weight")]:
         other = name.replace(".lora_A.weight", ".lora_B.weight")
         if other not in tensors or not name.startswith(_BEFORE):
             raise ModelError(f"{path}: {name} has no {other}. The copy may be incomplete.")
-        a_RI, b_OR = tensors.pop(name), tensors.pop(other)
-        if a_RI.dim() != 2 or b_OR.dim() != 2 or not 0 < a_RI.shape[0] == b_OR.shape[1]:
-            raise ModelError(f"{path}: {name} {list(a_RI.shape)} and {other} {list(b_OR.shape)} do not fit together.")
-        if not (a_RI.isfinite().all() and b_OR.isfinite().all()):
+        a, b = tensors.pop(name), tensors.pop(other)
+        if a.dim() != 2 or b.dim() != 2 or not 0 < a.shape[0] == b.shape[1]:
+            raise ModelError(f"{path}: {name} {list(a.shape)} and {other} {list(b.shape)} do not fit together.")
+        if not (a.isfinite().all() and b.isfinite().all()):
             raise ModelError(f"{path}: {name} or {other} holds NaN or infinity: the training diverged. Merge another.")
-        rank = a_RI.shape[0]
-        scaling = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        deltas[name.removeprefix(_BEFORE).removesuffix(".lora_A.weight")] = Delta(a_RI, b_OR, scaling)
+        module = name.removeprefix(_BEFORE).removesuffix(".lora_A.weight")
+        pairs[_parameter(module, config)] = Pair(a, b, config["lora_alpha"], bool(config.get("use_rslora")))
+    for name in [name for name in tensors if _is_saved_whole(name, config)]:
+        pairs[name.removeprefix(_BEFORE)] = Replacement(tensors.pop(name).float())
     if tensors:
         raise ModelError(
-            f"{path}: holds {len(tensors)} tensors that are no LoRA of a linear layer, such as {min(tensors)}. "
-            "This version merges LoRA on linear layers."
+            f"{path}: holds {len(tensors)} tensors that are no LoRA of a matrix, such as {min(tensors)}. "
+            "This version merges LoRA on linear layers, experts and routers."
         )
-    if not deltas:
+    if not pairs:
         raise ModelError(f"{path}: holds no LoRA, so there is nothing to merge.")
-    return deltas
+    return pairs
+
+
+def _is_saved_whole(name: str, config: dict[str, Any]) -> bool:
+    """Whether a tensor is the weight of a module that `modules_to_save` names."""
+    module = name.removesuffix(".weight")
+    return module != name and any(f".{module}".endswith(f".{saved}") for saved in config.get("modules_to_save") or ())
+
+
+def _parameter(module: str, config: dict[str, Any]) -> str:
+    """The full name of the parameter that a LoRA belongs to, from where its tensors lie.
+
+    A LoRA on bare parameters lies at their module; of two on one module, gate_up_proj's lies inside the other's.
+    """
+    targets = config.get("target_parameters") or ()
+    if module.endswith(_INSIDE):
+        return f"{module.removesuffix(_INSIDE)}.{STACKS[0]}"
+    bare = [p for p in (*STACKS, "weight") if any(f".{module}.{p}".endswith(f".{target}") for target in targets)]
+    return f"{module}.{bare[-1] if bare else 'weight'}"
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -125,14 +216,15 @@ def _refuse_unmergeable(folder: Path, config: dict[str, Any]) -> None:
     unmergeable = {
         "use_dora": "DoRA's magnitudes",
         "alpha_pattern": "alphas of single layers",
-        "modules_to_save": "whole modules that were trained",
         "lora_bias": "biases of LoRA's own",
-        "target_parameters": "LoRA on bare parameters",
         "trainable_token_indices": "trained embeddings of single tokens",
         "fan_in_fan_out": "transposed matrices",
         "layer_replication": "repeated layers",
     }
     found = [f"{key} ({words})" for key, words in unmergeable.items() if config.get(key)]
+    whole = [name for name in config.get("modules_to_save") or () if name.rpartition(".")[2] not in _ROUTERS]
+    if whole:
+        found.append(f"modules_to_save ({', '.join(whole)}: whole modules that are no routers)")
     # Whatever a newer PEFT adds may change what a layer computes.
     defaults = LoraConfig().to_dict()
     found += [

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from tune.errors import ModelError, RunError, UntrustworthyError
 from tune.export.card import merged_card
+from tune.export.deltas import Replacement
 from tune.export.place import PROOF, UNPROVEN, beside, check_free, find_output
 from tune.export.proof import Proof, prove
 from tune.export.proof.stock import with_stock_adapter
@@ -233,12 +234,20 @@ def _write_shards(model: Path, subject: Subject, advance: Callable[[int, int], N
 
 def _merged_rows(name: str, subject: Subject, weights: Weights) -> Iterator[Tensor]:
     """The merged tensor, some rows at a time: W + ΔW in float32, rounded once to the stored type."""
-    exact, delta = weights.whole(name), subject.deltas.get(name)
-    dtype = DTYPES[subject.checkpoint.places[name].dtype]
-    for start in range(0, len(exact), _ROWS) if exact.dim() else (0,):
-        rows = exact[start : start + _ROWS] if exact.dim() else exact
-        if delta is not None:
-            rows += delta.rows(start, start + _ROWS)
+    place, delta = subject.checkpoint.places[name], subject.deltas.get(name)
+    dtype = DTYPES[place.dtype]
+    if len(place.shape) < 2:
+        yield weights.tensor(name).to(dtype)
+        return
+    step = _ROWS if len(place.shape) == 2 else 1  # of a stack, one expert
+    whole = None if subject.base == "original" else weights.tensor(name)
+    for start in range(0, place.shape[0], step):
+        stop = min(start + step, place.shape[0])
+        rows = weights.rows(name, start, stop) if whole is None else whole[start:stop].clone()
+        if isinstance(delta, Replacement):
+            rows = delta.value[start:stop]
+        elif delta is not None:
+            rows += delta.rows(start, stop)
         yield rows.to(dtype)
 
 

@@ -13,11 +13,11 @@ from tune.data.templates.default_system import with_system
 from tune.data.templates.resolve import resolve_template
 from tune.data.tokenizer import load_tokenizer
 from tune.errors import ModelError, RunError
-from tune.export.deltas import Delta, read_deltas
+from tune.export.deltas import Change, Pair, Replacement, StackDelta, read_pairs
 from tune.folder import RunFolder, folder_of
 from tune.models.hub import fingerprint_base, read_config
 from tune.models.load import check_supported
-from tune.models.shards import DTYPES, Checkpoint, base_checkpoint
+from tune.models.shards import DTYPES, Checkpoint, Stack, base_checkpoint
 from tune.models.streamed import StreamedModel, TrainedWeights, Weights
 from tune.recipe.load import load_recipe
 from tune.recipe.schema import Recipe
@@ -43,7 +43,7 @@ class Subject:
     """Without the adapter."""
     parameters: frozenset[str]
     """Stored names of all that the model has a place for; a file may hold more."""
-    deltas: dict[str, Delta]
+    deltas: dict[str, Change]
     """By the stored name of the matrix that each is added to."""
     tokenizer: Any
     template: Any
@@ -56,8 +56,7 @@ class Subject:
     def trained_weights(self) -> TrainedWeights:
         """The base's parameters as training saw them."""
         section = self.recipe.model
-        names = self.model.linears() if section.quantization == "nf4" else {}
-        packed = {self.model.stored(self.checkpoint, name) for name in names}
+        packed = self.model.packable(self.checkpoint) if section.quantization == "nf4" else set()
         return TrainedWeights(self.checkpoint, packed, getattr(torch, section.dtype))
 
     def weights(self) -> Weights:
@@ -132,27 +131,47 @@ def find_subject(path: str | Path, base: Base) -> Subject:
         checkpoint=checkpoint,
         model=model,
         parameters=parameters,
-        deltas=_stored(read_deltas(adapter), model, checkpoint, adapter),
+        deltas=_stored(read_pairs(adapter), model, checkpoint, adapter),
         tokenizer=tokenizer,
         template=resolve_template("tokenizer" if from_file else recipe.data.template, tokenizer),
     )
 
 
-def _stored(deltas: dict[str, Delta], model: StreamedModel, checkpoint: Checkpoint, adapter: Path) -> dict[str, Delta]:
-    """The deltas by the stored names of their matrices, each checked against its matrix."""
-    linears = model.linears()
-    stored: dict[str, Delta] = {}
-    for module, delta in deltas.items():
-        if module not in linears:
-            raise ModelError(f"{adapter}: adapts {module}, which is no linear layer of {model.name}.")
-        name = model.stored(checkpoint, module)
-        place = checkpoint.places[name]
-        if place.shape != delta.shape:
+def _stored(
+    pairs: dict[str, Pair | Replacement], model: StreamedModel, checkpoint: Checkpoint, adapter: Path
+) -> dict[str, Change]:
+    """What is done to each stored tensor, by its name; each checked against its matrix."""
+    found: dict[str, Change] = {}
+    for parameter, pair in pairs.items():
+        module, _, last = parameter.rpartition(".")
+        owner = model.modules.get(module)
+        known = owner is not None and last in dict(owner.named_parameters(recurse=False))
+        if not known or owner in (model.embedding, model.head):
+            raise ModelError(f"{adapter}: adapts {parameter}, which is no matrix of {model.name} that can be adapted.")
+        stored = model.stored(checkpoint, module, last)
+        shape = checkpoint.shape_of(stored)
+        delta = pair.delta(shape)
+        if delta is None:
             raise ModelError(
-                f"{adapter}: changes {module} by a matrix {list(delta.shape)}, and {model.name} has one of "
-                f"{list(place.shape)} there. It belongs to another base."
+                f"{adapter}: its change of {parameter} does not fit the matrix {list(shape)} of {model.name}. "
+                "It belongs to another base."
             )
+        found |= {stored: delta} if isinstance(stored, str) else _by_matrix(stored, delta, checkpoint)
+    for name in found:
+        place = checkpoint.places[name]
         if place.dtype not in DTYPES:
             raise ModelError(f"{place.file}: {name} is of type {place.dtype}, which a delta cannot be added to.")
-        stored[name] = delta
-    return stored
+    return found
+
+
+def _by_matrix(stack: Stack, delta: Change, checkpoint: Checkpoint) -> dict[str, Change]:
+    """The part of a change of all experts that falls on each of their matrices, by its stored name."""
+    assert isinstance(delta, StackDelta)
+    found: dict[str, Change] = {}
+    for expert, names in enumerate(stack.experts):
+        start = 0
+        for name in names:
+            stop = start + checkpoint.places[name].shape[0]
+            found[name] = delta.expert(expert, start, stop)
+            start = stop
+    return found

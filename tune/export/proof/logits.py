@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tune.export.proof.prompts import Prompt
-from tune.export.proof.stock import stock_delta, stock_layers
+from tune.export.proof.stock import StockChange, stock_changes
 from tune.export.subject import Subject
 from tune.models.hub import read_config
 from tune.models.shards import DTYPES, Checkpoint
@@ -49,19 +49,20 @@ class _Rounded(Weights):
     rounding to the nearest loses it in many elements at once, and what activations have in common adds that up.
     """
 
-    def __init__(self, weights: Weights, layers: dict[str, Any]) -> None:
+    def __init__(self, weights: Weights, changes: dict[str, list[StockChange]]) -> None:
         super().__init__(weights.checkpoint)
-        self.weights, self.layers = weights, layers
+        self.weights, self.changes = weights, changes
 
-    def whole(self, name: str) -> Tensor:
-        exact = self.weights.whole(name)
-        if name not in self.layers:
+    def tensor(self, name: str) -> Tensor:
+        exact = self.weights.tensor(name)
+        if name not in self.changes:
             return exact
-        exact += stock_delta(self.layers[name])
         dtype = DTYPES[self.checkpoint.places[name].dtype]
-        for start in range(0, len(exact), _ROWS):
-            rows = exact[start : start + _ROWS]
-            rows.copy_(rows.to(dtype))
+        for matrix, change in zip(exact if exact.dim() == 3 else [exact], self.changes[name], strict=True):
+            matrix.copy_(change.exact(matrix))
+            for start in range(0, len(matrix), _ROWS):
+                rows = matrix[start : start + _ROWS]
+                rows.copy_(rows.to(dtype))
         return exact
 
 
@@ -140,9 +141,9 @@ def check_logits(
         "adapter": (stock, weights),
         "merged": (alone, Weights(merged)),
     }
-    layers = stock_layers(subject, stock)
-    if any(subject.checkpoint.places[name].dtype != "F32" for name in layers):
-        runs["control"] = (subject.model, _Rounded(weights, layers))
+    changes = stock_changes(subject, stock)
+    if any(subject.checkpoint.places[name].dtype != "F32" for name in changes):
+        runs["control"] = (subject.model, _Rounded(weights, changes))
     if subject.base == "original" and subject.recipe.model.quantization == "nf4":
         runs["trained"] = (stock, subject.trained_weights())
     hidden = {}

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tune.errors import ModelError
 from tune.export.subject import Subject
+from tune.models.shards import Stack
 from tune.models.streamed import StreamedModel
 
 
@@ -44,30 +46,104 @@ def _fill(model: Any, adapter: Path, device: torch.device) -> None:
             if tensor is None or tensor.shape != module.weight.shape:
                 raise ModelError(f"{adapter}: stock PEFT expects {parent}.weight of {list(module.weight.shape)} there.")
             module.weight = nn.Parameter(tensor.to(device, torch.float32), requires_grad=False)
+        elif isinstance(module, ModulesToSaveWrapper):
+            saved = tensors.pop(f"{name}.weight", None)
+            if saved is None:
+                raise ModelError(f"{adapter}: stock PEFT expects {name}.weight there.")
+            module.modules_to_save["default"].weight = nn.Parameter(saved.to(device).float(), requires_grad=False)
     if tensors:
         raise ModelError(f"{adapter}: stock PEFT has no place for {min(tensors)}.")
 
 
-def stock_layers(subject: Subject, stock: StreamedModel) -> dict[str, Any]:
-    """Return PEFT's LoRA layers by the stored names of the matrices that they change."""
-    from peft.tuners.lora import LoraLayer
+class StockChange:
+    """What stock PEFT adds to one matrix: a linear layer, a router, or some rows of one expert.
 
-    names = {id(module): name for name, module in stock.modules.items()}
-    found = [module for module in stock.model.modules() if isinstance(module, LoraLayer)]
-    return {stock.stored(subject.checkpoint, names[id(layer.get_base_layer())]): layer for layer in found}
+    Args:
+        layer: PEFT's LoRA layer.
+        expert: which of the layer's experts; None where the layer has one matrix.
+        start, stop: the matrix's rows among the expert's.
+    """
+
+    def __init__(self, layer: Any, expert: int | None = None, start: int = 0, stop: int | None = None) -> None:
+        self.layer, self.expert, self.rows = layer, expert, slice(start, stop)
+
+    def exact(self, weight: Tensor) -> Tensor:
+        """Return W + ΔW [out, in] in float32 on the CPU, or what takes the place of W."""
+        if self.replaces:
+            value: Tensor = self.layer.modules_to_save["default"].weight
+            return value.float().cpu()
+        return weight + self.delta()
+
+    @property
+    def replaces(self) -> bool:
+        """Whether the matrix trained in full."""
+        return hasattr(self.layer, "modules_to_save")
+
+    def delta(self) -> Tensor:
+        """Return ΔW [out, in] in float32 on the CPU."""
+        if self.expert is None:
+            return _delta_of(self.layer)
+        # PEFT computes all experts of a layer at once, and its experts are asked for one after the other.
+        if _newest.get("layer") is not self.layer:
+            _newest.clear()
+            _newest.update(layer=self.layer, delta=_delta_of(self.layer))
+        return cast(Tensor, _newest["delta"][self.expert, self.rows])
+
+    def sizes(self) -> tuple[Tensor, Tensor]:
+        """Return s·‖bᵢ‖ [out] and ‖aⱼ‖ [in] on the CPU.
+
+        Their product bounds the numbers that are summed to each element of ΔW (Cauchy-Schwarz): what float32 loses
+        in a sum grows with those, and not with the sum.
+        """
+        if self.replaces:
+            weight = self.layer.modules_to_save["default"].weight
+            return torch.zeros(weight.shape[0]), torch.zeros(weight.shape[1])
+        a_RI, b_OR = self.layer.lora_A["default"].weight, self.layer.lora_B["default"].weight
+        if self.expert is not None:
+            a_RI = a_RI.unflatten(0, (self.layer.num_experts, -1))[self.expert]
+            b_OR = b_OR.unflatten(1, (-1, self.layer.num_experts))[self.rows, :, self.expert]
+        return (abs(self.layer.scaling["default"]) * b_OR.norm(dim=1)).cpu(), a_RI.norm(dim=0).cpu()
 
 
-def stock_delta(layer: Any) -> Tensor:
-    """Return ΔW [out, in] of a PEFT layer, in float32 on the CPU."""
-    delta: Tensor = layer.get_delta_weight("default")
+_newest: dict[str, Any] = {}
+
+
+def _delta_of(layer: Any) -> Tensor:
+    name = getattr(layer, "parameter_name", None)
+    base = layer.get_base_layer()
+    empty = None if name is None else base._parameters[name]
+    if name is not None:  # PEFT puts the result where the parameter is, which is nowhere as yet
+        base._parameters[name] = nn.Parameter(torch.empty(0), requires_grad=False)
+    try:
+        delta: Tensor = layer.get_delta_weight("default")
+    finally:
+        if name is not None:
+            base._parameters[name] = empty
     return delta.float().cpu()
 
 
-def stock_sizes(layer: Any) -> tuple[Tensor, Tensor]:
-    """Return s·‖bᵢ‖ [out] and ‖aⱼ‖ [in] of a PEFT layer, on the CPU.
+def stock_changes(subject: Subject, stock: StreamedModel) -> dict[str, list[StockChange]]:
+    """Return what PEFT adds to each stored tensor, by its name: one change, or one for each expert in it."""
+    from peft.tuners.lora import LoraLayer
 
-    Their product bounds the numbers that are summed to each element of ΔW (Cauchy-Schwarz): what float32 loses in a
-    sum grows with those, and not with the sum.
-    """
-    a_RI, b_OR = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    return (abs(layer.scaling["default"]) * b_OR.norm(dim=1)).cpu(), a_RI.norm(dim=0).cpu()
+    names = {id(module): name for name, module in stock.modules.items()}
+    found: dict[str, list[StockChange]] = {}
+    for layer in (module for module in stock.model.modules() if isinstance(module, ModulesToSaveWrapper)):
+        whole = stock.stored(subject.checkpoint, names[id(layer.original_module)])
+        assert isinstance(whole, str)
+        found[whole] = [StockChange(layer)]
+    for layer in (module for module in stock.model.modules() if isinstance(module, LoraLayer)):
+        parameter = getattr(layer, "parameter_name", None) or "weight"
+        stored = stock.stored(subject.checkpoint, names[id(layer.get_base_layer())], parameter)
+        if isinstance(stored, Stack):
+            for expert, matrices in enumerate(stored.experts):
+                start = 0
+                for name in matrices:
+                    stop = start + subject.checkpoint.places[name].shape[0]
+                    found[name] = [StockChange(layer, expert, start, stop)]
+                    start = stop
+        elif len(subject.checkpoint.places[stored].shape) == 3:
+            found[stored] = [StockChange(layer, expert) for expert in range(layer.num_experts)]
+        else:
+            found[stored] = [StockChange(layer)]
+    return found

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from tune.data.hub import one_line
 from tune.errors import ModelError
-from tune.export.proof.stock import stock_delta, stock_layers, stock_sizes
+from tune.export.proof.stock import StockChange, stock_changes
 from tune.export.subject import Subject
 from tune.models.shards import Checkpoint, checkpoint_in, weight_map
-from tune.models.streamed import StreamedModel
+from tune.models.streamed import StreamedModel, Weights
 
 _NAMED = 3
 """So many tensors are named in a reason; the rest are counted."""
@@ -60,7 +60,7 @@ def check_weights(
         reasons: why the proof fails, so far.
         advance: called with the tensors compared and their total.
     """
-    base, weights, layers = subject.checkpoint, subject.weights(), stock_layers(subject, stock)
+    base, weights, changes = subject.checkpoint, subject.weights(), stock_changes(subject, stock)
     wrong: dict[str, list[str]] = {}
     worst, equal = 0.0, 0
     for done, (name, place) in enumerate(base.places.items()):
@@ -70,13 +70,14 @@ def check_weights(
             wrong.setdefault("are missing", []).append(name)
         elif (other.dtype, other.shape, other.file.name) != (place.dtype, place.shape, place.file.name):
             wrong.setdefault("have another type, shape or file than in the base", []).append(name)
-        elif name in layers:
-            units = _distance(merged.read(name), weights.whole(name), layers[name])
+        elif name in changes:
+            units = _distance_of(name, merged, weights, changes[name])
             worst = max(worst, units)
             if not units <= 1:  # NaN included
                 wrong.setdefault("are not the base plus the adapter", []).append(f"{name} ({units:.3g} half units off)")
         elif subject.is_rewritten(name):
-            if not torch.equal(merged.read(name), weights.whole(name).to(merged.read(name).dtype)):
+            found = merged.read(name)
+            if not torch.equal(found, weights.tensor(name).to(found.dtype)):
                 wrong.setdefault("are not those of the 4-bit base", []).append(name)
         elif not _same_bytes(base, merged, name):
             wrong.setdefault("should be as in the base and are not", []).append(name)
@@ -92,7 +93,7 @@ def check_weights(
         reasons.append(f"weights: {len(names)} tensors {words}: {', '.join(names[:_NAMED])}{more}")
     return {
         "tensors": len(base.places),
-        "adapted": len(layers),
+        "adapted": len(changes),
         "equal_to_base": equal,
         "largest_error": {"figure": worst, "bound": 1.0, "unit": "half a unit in the last place"},
     }
@@ -102,7 +103,20 @@ def _same_bytes(base: Checkpoint, merged: Checkpoint, name: str) -> bool:
     return all(one == two for one, two in zip_longest(base.chunks(name), merged.chunks(name)))
 
 
-def _distance(merged: Tensor, weight: Tensor, layer: Any) -> float:
+def _distance_of(name: str, merged: Checkpoint, weights: Weights, changes: list[StockChange]) -> float:
+    """The largest error of a stored tensor: of a matrix, or of each expert in it."""
+    if len(merged.places[name].shape) == 2:
+        (change,) = changes
+        return _distance(merged.read(name), weights.tensor(name), change)
+    worst = 0.0
+    for expert, change in enumerate(changes):
+        found, weight = merged.rows(name, expert, expert + 1)[0], weights.rows(name, expert, expert + 1)[0]
+        error = _distance(found, weight, change)
+        worst = error if not error <= worst else worst  # NaN wins, and stays
+    return worst
+
+
+def _distance(merged: Tensor, weight: Tensor, change: StockChange) -> float:
     """The largest error of a merged matrix, where 1 is what rounding W + ΔW once may do.
 
     Rounding moves a value by half a unit in its last place at most; computing W + ΔW in float32, in whatever order,
@@ -111,8 +125,8 @@ def _distance(merged: Tensor, weight: Tensor, layer: Any) -> float:
     info = torch.finfo(merged.dtype)
     digits = round(-math.log2(info.eps))  # of the significand, behind the point
     smallest = round(math.log2(info.tiny)) + 1
-    rows_O, columns_I = stock_sizes(layer)
-    exact = weight + stock_delta(layer)
+    rows_O, columns_I = change.sizes()
+    exact = change.exact(weight)
     worst = 0.0
     for start in range(0, len(merged), _ROWS):
         part = slice(start, start + _ROWS)
