@@ -179,8 +179,8 @@ def _adapt(
         base = load_base(recipe.model, devices.device)
     check_vocabulary(base, name, max(int(part.ids.max()) for part in parts))
     check_length(base.config, name, longest)
-    claimed = resolve_targets(recipe.adapter, base, name)
-    adapted = attach(base, recipe.adapter, name, recipe.train.seed)
+    claimed = resolve_targets(recipe.adapter, base, name, recipe.router)
+    adapted = attach(base, recipe.adapter, name, recipe.train.seed, recipe.router)
     if start is not None:
         read_adapter(start, adapted)
     coverage = check_coverage(base.model, claimed, recipe.model.quantization)

@@ -95,9 +95,9 @@ BASES = [
     ),
     mistake(
         "mixture of experts",
-        "mixture of experts (mixtral)",
-        "dense base",
-        prepare=config(model_type="mixtral", num_local_experts=4),
+        "mixture of experts of a kind (phimoe)",
+        "mixtral",
+        prepare=config(model_type="phimoe", num_local_experts=4),
     ),
     mistake("only pickles", "(pytorch_model.bin)", "Convert them to safetensors", prepare=pickle_weights),
     mistake("no weights", "base holds no .safetensors", prepare=remove(WEIGHTS)),

@@ -108,7 +108,7 @@ def check(recipe_path: str, overrides: list[str], quiet: bool) -> None:
         _check_surroundings(recipe)
         outline = outline_base(recipe.model)
         if outline is not None:
-            resolve_targets(recipe.adapter, outline, model.base)
+            resolve_targets(recipe.adapter, outline, model.base, recipe.router)
         tokenizer = load_tokenizer(model.base, revision=model.revision, trust_remote_code=model.trust_remote_code)
         data = load_data(recipe, tokenizer)
         if outline is not None:

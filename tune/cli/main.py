@@ -138,6 +138,23 @@ def merge(
 
 
 @app.command()
+def convert(
+    run: RunPath,
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to", metavar="LAYOUT", help="per-expert: w1, w2, w3 of each expert, for servers; stock: back again."
+        ),
+    ],
+    quiet: Quiet = False,
+) -> None:
+    """Write the adapter in the layout that a server or another library reads."""
+    from tune.cli.convert import convert
+
+    convert(run, to, quiet)
+
+
+@app.command()
 def push(
     run: RunPath,
     repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository on the Hub.")],

@@ -100,6 +100,8 @@ class ConsoleProgress(Progress):
             f"grad {metrics['grad_norm']:.3f}  {metrics['tokens_per_second']:,.0f} tokens/s  "
             f"{size(metrics['memory_bytes'])}"
         )
+        if "router" in metrics:
+            words += f"  balance {metrics['router']['balance']:.2f}"
         if self._bar is not None:
             self._bar.update(self._steps, completed=metrics["step"], description=f"loss {metrics['loss']:.4f}")
         if log:

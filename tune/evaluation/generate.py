@@ -173,7 +173,7 @@ def load_run(path: str | Path, device: torch.device | None = None) -> LoadedRun:
     template, system = _template(recipe.data.template, tokenizer)
     base = load_base(recipe.model, device or _device())
     ends = _ends(base.model, template, tokenizer)
-    model = attach(base, recipe.adapter, recipe.model.base, recipe.train.seed)
+    model = attach(base, recipe.adapter, recipe.model.base, recipe.train.seed, recipe.router)
     read_adapter(adapter, model)
     model.eval()
     return LoadedRun(str(path), model, tokenizer, template, recipe.data.system or system, ends, recipe)
