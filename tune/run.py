@@ -168,6 +168,7 @@ def _adapt(
 ) -> tuple[LoadedBase, PeftModel, Coverage, RowPlan]:
     """Load the base, attach the adapter, and check both against recipe and data."""
     from tune.adapters.coverage import check_coverage
+    from tune.adapters.expert_lora import keep_activations
     from tune.adapters.lora import attach, read_adapter, resolve_targets
     from tune.models.load import check_length, check_vocabulary, load_base, recompute_activations
     from tune.planning.memory import RowPlan, keep_automatic, plan_rows
@@ -187,8 +188,9 @@ def _adapt(
     rows = plan_rows(recipe.train, base.config, longest, base.model.dtype, devices.device)
     if state is not None:
         rows = keep_automatic(recipe.train, rows, RowPlan(state.row_tokens, state.recompute))
-    if rows.recompute:
+    if rows.recompute == "full":
         recompute_activations(base.model)
+    keep_activations(adapted, "activations" if rows.recompute == "none" else "inputs")
     return base, adapted, coverage, rows
 
 
@@ -219,6 +221,8 @@ def _begin(run: RunFolder, recipe: Recipe, data: Data, coverage: Coverage, step:
 
 def _tell(progress: Progress, data: Data, coverage: Coverage, attention: str, trainer: Trainer) -> None:
     """The start-up table, and what a user should know before the first step."""
+    from tune.planning.memory import RECOMPUTED
+
     job = trainer.job
     report = data.report
     progress.coverage(coverage)
@@ -230,7 +234,7 @@ def _tell(progress: Progress, data: Data, coverage: Coverage, attention: str, tr
     for line in coverage.lines:
         progress.line(line)
     progress.line(f"attention {attention}, {'packed' if job.packs else 'one example a row'}")
-    progress.line(f"rows of {job.rows.row_tokens} tokens{', recomputed' if job.rows.recompute else ''}")
+    progress.line(f"rows of {job.rows.row_tokens} tokens{RECOMPUTED[job.rows.recompute]}")
     batch = min(job.recipe.train.batch_size, trainer.order.epoch_length)
     progress.line(f"steps {trainer.total}, {batch:,} examples each")
     for warning in report.warnings():

@@ -14,7 +14,6 @@ SMALLEST = ["model.base=some/model", "data.train=a.jsonl"]
 @pytest.mark.parametrize(
     ("setting", "start"),
     [
-        ("train.recompute=experts", "train.recompute: "),
         ("data.add_tokens=true", "data.add_tokens: "),
         ("data.template=own.jinja", "data.template: a template of your own is not in this version (own.jinja)."),
         ("data.train=[a, {path: b, template: koala}]", "data.train[1].template: the template koala is not"),

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -225,6 +224,8 @@ def _refuse_unmergeable(folder: Path, config: dict[str, Any]) -> None:
     whole = [name for name in config.get("modules_to_save") or () if name.rpartition(".")[2] not in _ROUTERS]
     if whole:
         found.append(f"modules_to_save ({', '.join(whole)}: whole modules that are no routers)")
+    from peft import LoraConfig
+
     # Whatever a newer PEFT adds may change what a layer computes.
     defaults = LoraConfig().to_dict()
     found += [

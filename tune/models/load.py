@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from tune.data.hub import explain, one_line
 from tune.errors import ModelError
@@ -229,10 +231,18 @@ def _keep_weights_packed(model: torch.nn.Module) -> None:
 
 
 def recompute_activations(model: Any) -> None:
-    """Let every decoder layer compute its activations again in the backward, without reentrance."""
+    """Let every decoder layer compute its activations again in the backward, without reentrance.
+
+    What the experts of a layer return is kept: they would be most of what is computed again.
+    """
     # transformers renamed it on the way from 5.17 to 5.23.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    options: dict[str, Any] = {"use_reentrant": False}
+    if is_mixture(model.config):
+        from tune.kernels.nf4_experts import EXPERTS_OP
+
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, [EXPERTS_OP])
+    enable(options)
     model.enable_input_require_grads()
 
 

@@ -7,10 +7,12 @@ autograd keeps for each token, per layer and once for the whole model, and takes
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from tune.errors import ModelError
+from tune.models.catalog import is_mixture
 from tune.recipe import schema
 
 CPU_ROW_TOKENS = 512
@@ -21,30 +23,45 @@ _SHARE = 0.7
 """Of the free memory, leaving room for the allocator's gaps and the largest temporary."""
 
 
+Recompute = Literal["none", "experts", "full"]
+"""What the backward computes again: nothing, what experts have inside, or each layer but for its experts' output."""
+
+RECOMPUTED: dict[Recompute, str] = {"none": "", "experts": ", experts recomputed", "full": ", recomputed"}
+"""What the start-up table says of it."""
+
+
 @dataclass(frozen=True, slots=True)
 class RowPlan:
     """How a run uses memory for activations."""
 
     row_tokens: int
-    recompute: bool
+    recompute: Recompute
 
 
-def activation_bytes_per_token(config: Any, dtype_bytes: int, recompute: bool) -> int:
+def activation_bytes_per_token(config: Any, dtype_bytes: int, recompute: Recompute) -> int:
     """Bytes that autograd keeps for one token of a row between forward and backward.
 
     Without recomputation a decoder layer keeps about ten tensors of hidden size (residuals, norms and their
-    inputs, queries, keys, values, attention's output) and four of intermediate size; with it, its input alone.
+    inputs, queries, keys, values, attention's output) and four of intermediate size, or for each expert of a token
+    gate and up before they meet; with it, its input and its experts' output alone.
     """
     hidden, layers = int(config.hidden_size), int(config.num_hidden_layers)
     intermediate = int(getattr(config, "intermediate_size", None) or 4 * hidden)
-    whole_layer = (10 * hidden + 4 * intermediate) * dtype_bytes
-    if recompute:
-        return layers * hidden * dtype_bytes + whole_layer
+    if is_mixture(config):
+        chosen = int(getattr(config, "num_experts_per_tok", None) or 2)
+        wide = int(getattr(config, "moe_intermediate_size", None) or intermediate)
+        inside = 2 * chosen * wide if recompute == "none" else 0
+    else:
+        inside = 4 * intermediate
+    whole_layer = (10 * hidden + inside) * dtype_bytes
+    if recompute == "full":
+        kept = 2 * hidden if is_mixture(config) else hidden
+        return layers * kept * dtype_bytes + whole_layer
     return layers * whole_layer
 
 
 def plan_rows(section: schema.Train, config: Any, max_length: int, dtype: torch.dtype, device: torch.device) -> RowPlan:
-    """Choose the row length and whether to recompute, where the recipe says `auto`.
+    """Choose the row length and what to recompute, where the recipe says `auto`.
 
     Args:
         section: the recipe's `train`.
@@ -52,26 +69,32 @@ def plan_rows(section: schema.Train, config: Any, max_length: int, dtype: torch.
         max_length: longest example, in tokens: such a row always occurs, whatever is chosen.
         dtype: of the activations.
         device: with the base already on it, so that what is free is what is left.
+
+    Raises:
+        ModelError: the recipe names experts, and the base has none.
     """
+    ways: tuple[Recompute, ...] = ("none", "experts", "full") if is_mixture(config) else ("none", "full")
+    if section.recompute not in (*ways, "auto"):
+        raise ModelError("train.recompute: experts: the base has no experts. Write auto, none or full.")
+    chosen: Recompute = "none" if section.recompute == "auto" else section.recompute
     if device.type != "cuda":
-        recompute = section.recompute == "full"
-        tokens = CPU_ROW_TOKENS if section.micro_batch_tokens == "auto" else section.micro_batch_tokens
-        return RowPlan(tokens, recompute)
+        return RowPlan(CPU_ROW_TOKENS if section.micro_batch_tokens == "auto" else section.micro_batch_tokens, chosen)
     torch.cuda.empty_cache()  # what quantisation left over is free again
     free = torch.cuda.mem_get_info(device)[0] * _SHARE
     size = torch.empty((), dtype=dtype).element_size()
 
-    def fits(recompute: bool) -> int:
+    def fits(recompute: Recompute) -> int:
         return int(free // activation_bytes_per_token(config, size, recompute))
 
     low, high = GPU_ROW_TOKENS
     wanted = (
         max(max_length, 4096) if section.micro_batch_tokens == "auto" else max(section.micro_batch_tokens, max_length)
     )
-    recompute = section.recompute == "full" or (section.recompute == "auto" and fits(False) < wanted)
+    if section.recompute == "auto":
+        chosen = next((way for way in ways if fits(way) >= wanted), "full")
     if section.micro_batch_tokens != "auto":
-        return RowPlan(section.micro_batch_tokens, recompute)
-    return RowPlan(max(low, min(high, fits(recompute))), recompute)
+        return RowPlan(section.micro_batch_tokens, chosen)
+    return RowPlan(max(low, min(high, fits(chosen))), chosen)
 
 
 def keep_automatic(section: schema.Train, now: RowPlan, before: RowPlan) -> RowPlan:

@@ -26,11 +26,6 @@ TEMPLATES_LATER: tuple[str, ...] = ("koala", "mistral-v2", "llama-2", "codellama
 
 _SINGLE: tuple[Later, ...] = (
     Later(
-        lambda recipe: recipe.train.recompute == "experts",
-        "train.recompute",
-        "recomputing around the experts is not in this version. Write auto, none or full.",
-    ),
-    Later(
         lambda recipe: recipe.data.add_tokens,
         "data.add_tokens",
         "adding tokens is not in this version. Choose a template whose tokens the tokenizer has.",

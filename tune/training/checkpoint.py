@@ -30,6 +30,7 @@ from safetensors.torch import load, save
 from tune.adapters.lora import adapter_bytes, adapter_config_text, read_adapter
 from tune.errors import RunError
 from tune.folder import RunFolder, explain_os_errors, whole, write_folder
+from tune.planning.memory import Recompute
 from tune.training.optimizer import NamedParameters, optimizer_state, restore_optimizer
 from tune.versions import versions
 
@@ -61,8 +62,8 @@ class TrainingState:
     """Of the base's files."""
     row_tokens: int = 0
     """Longest row, so that an automatic choice is made once for the whole run."""
-    recompute: bool = False
-    """Whether activations are computed again in the backward."""
+    recompute: Recompute = "none"
+    """What the backward computes again."""
     expert_counts: list[list[int]] | None = None
     """Tokens that chose each expert of each layer in the newest step that was applied; the next balance loss goes by
     them."""
@@ -161,6 +162,8 @@ def read_state(folder: Path) -> tuple[TrainingState, dict[str, Any]]:
     try:
         content: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         names = TrainingState.__dataclass_fields__
+        if isinstance(content.get("recompute"), bool):  # as an earlier version wrote it
+            content["recompute"] = "full" if content["recompute"] else "none"
         return TrainingState(**{key: value for key, value in content.items() if key in names}), content
     except (OSError, ValueError, TypeError) as error:
         raise RunError(
