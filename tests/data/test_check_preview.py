@@ -43,6 +43,14 @@ def test_check_refuses_what_is_not_built(recipe):
         check(str(recipe), ["data.add_tokens=true"], quiet=True)
 
 
+def test_check_says_that_the_hub_is_asked_later(recipe, capsys):
+    check(str(recipe), ["push.repo=a/b"], quiet=False)
+    out = capsys.readouterr().out
+    assert "push         a/b: not asked here" in out
+    check(str(recipe), [], quiet=False)
+    assert "push " not in capsys.readouterr().out
+
+
 def test_preview_marks_what_is_trained(recipe, capsys):
     preview(str(recipe), [], 2, as_json=False, quiet=False)
     out = capsys.readouterr().out

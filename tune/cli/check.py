@@ -1,8 +1,8 @@
 """`tune check`: is the recipe right, and is the data what it should be? No weights are loaded.
 
-All that training asks for is asked here: the recipe, the data, the tokenizer, the base's configuration, the optimizer,
-the trackers and the adapter to start from. Nothing is written. What is on the Hub and not yet in the cache is
-downloaded: data, tokenizer and configuration, not the weights.
+All that training asks for is asked here, but for the right to publish: the recipe, the data, the tokenizer, the
+base's configuration, the optimizer, the trackers and the adapter to start from. Nothing is written. What is on the Hub
+and not yet in the cache is downloaded: data, tokenizer and configuration, not the weights.
 
 ## What it prints
 
@@ -188,6 +188,8 @@ def _print_totals(data: Data, recipe: Recipe) -> None:
         shared = f"{report.shared} of them in train too"
         print(f"held out     {report.eval_examples:,} examples, {report.eval_tokens:,} tokens, {shared}")
     print(f"fingerprint  {data.fingerprint[:16]}")
+    if recipe.push.repo is not None:
+        print(f"push         {recipe.push.repo}: not asked here; training asks the Hub before it loads anything")
     warnings = report.warnings()
     for warning in warnings:
         print(f"warning: {warning}")

@@ -89,6 +89,8 @@ def load_base(section: schema.Model, device: torch.device, storage: torch.dtype 
                 section.base,
                 config=config,
                 revision=section.revision,
+                # transformers looks for an adapter beside the weights, and older ones look at the default branch.
+                adapter_kwargs={"revision": section.revision} if section.revision else None,
                 trust_remote_code=section.trust_remote_code,
                 dtype=dtype,
                 quantization_config=quantization,
