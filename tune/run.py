@@ -91,7 +91,7 @@ def _train_locked(recipe: Recipe, resume: bool, run: RunFolder, devices: Devices
     from tune.training.metrics import check_trackers
     from tune.training.optimizer import check_optimizer
     from tune.training.provenance import remember
-    from tune.training.resume import check_same, find_checkpoint
+    from tune.training.resume import check_same, check_sources, find_checkpoint
     from tune.training.trainer import Job, Trainer
 
     devices.first(lambda: run.check_start(resume))
@@ -118,6 +118,8 @@ def _train_locked(recipe: Recipe, resume: bool, run: RunFolder, devices: Devices
         if finished is not None and not longer:
             if recipe.push.repo is not None:
                 progress.line(f"not published again. To publish it: {push_command(recipe.push, run)}")
+            if not run.provenance.is_file():  # what is written down now must be what was trained on
+                check_sources(run, data.fingerprint, base_fingerprint)
             devices.first(lambda: remember(run, recipe, data, tokenizer, base_fingerprint, again=False))
             return _already(run, finished)
         if finished is not None:

@@ -91,3 +91,18 @@ def test_an_adapter_of_another_seed_is_refused_and_can_be_written_again(tmp_path
     assert _run(["train", str(run.recipe), "--resume"]) == 0
     assert (run.adapter / "adapter_model.safetensors").read_bytes() == before
     assert merge(run.root).proof.holds
+
+
+def test_a_lost_provenance_is_written_again_only_from_what_was_trained_on(tmp_path: Path) -> None:
+    made_here = made().copy(tmp_path / "made")
+    run = made_here.run
+    before = json.loads(run.provenance.read_text())
+    run.provenance.unlink()
+    assert _run(["train", str(run.recipe), "--resume"]) == 0
+    assert json.loads(run.provenance.read_text())["base"]["fingerprint"] == before["base"]["fingerprint"]
+    assert merge(run.root).proof.holds
+
+    run.provenance.unlink()
+    change_tensors(weight_files(made_here.base)[0], lambda tensors: next(iter(tensors.values())).mul_(2))
+    assert _run(["train", str(run.recipe), "--resume"]) == 2
+    assert not run.provenance.exists()

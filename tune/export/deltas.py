@@ -157,7 +157,10 @@ def read_pairs(folder: Path) -> dict[str, Pair | Replacement]:
             raise ModelError(f"{path}: {name} has no {other}. The copy may be incomplete.")
         a, b = tensors.pop(name), tensors.pop(other)
         if a.dim() != 2 or b.dim() != 2 or not 0 < a.shape[0] == b.shape[1]:
-            raise ModelError(f"{path}: {name} {list(a.shape)} and {other} {list(b.shape)} do not fit together.")
+            raise ModelError(
+                f"{path}: {name} {list(a.shape)} and {other} {list(b.shape)} do not fit together. "
+                "The copy may be incomplete."
+            )
         if not (a.isfinite().all() and b.isfinite().all()):
             raise ModelError(f"{path}: {name} or {other} holds NaN or infinity: the training diverged. Merge another.")
         module = name.removeprefix(_BEFORE).removesuffix(".lora_A.weight")
@@ -206,7 +209,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError) as error:
         raise ModelError(f"{path}: cannot be read ({error}). The copy may be incomplete.") from error
     if config.get("peft_type") != "LORA" or not isinstance(config.get("lora_alpha"), int | float):
-        raise ModelError(f"{path}: is a {config.get('peft_type')} adapter. This version merges LoRA.")
+        raise ModelError(f"{path}: is a {config.get('peft_type')} adapter. This version merges LoRA: give such a run.")
     return config
 
 

@@ -119,7 +119,7 @@ def find_subject(path: str | Path, base: Base) -> Subject:
     if len(tokenizer) > rows:
         raise ModelError(
             f"{adapter}: its tokenizer has {len(tokenizer)} tokens and the base {rows} embeddings. "
-            "This version does not merge added tokens."
+            "This version does not merge added tokens: train with a template whose tokens the base has."
         )
     return Subject(
         run=run,
@@ -147,7 +147,10 @@ def _stored(
         owner = model.modules.get(module)
         known = owner is not None and last in dict(owner.named_parameters(recurse=False))
         if not known or owner in (model.embedding, model.head):
-            raise ModelError(f"{adapter}: adapts {parameter}, which is no matrix of {model.name} that can be adapted.")
+            raise ModelError(
+                f"{adapter}: adapts {parameter}, which is no matrix of {model.name} "
+                "that can be adapted. It belongs to another base."
+            )
         stored = model.stored(checkpoint, module, last)
         shape = checkpoint.shape_of(stored)
         delta = pair.delta(shape)
@@ -160,7 +163,10 @@ def _stored(
     for name in found:
         place = checkpoint.places[name]
         if place.dtype not in DTYPES:
-            raise ModelError(f"{place.file}: {name} is of type {place.dtype}, which a delta cannot be added to.")
+            raise ModelError(
+                f"{place.file}: {name} is of type {place.dtype}, which a delta cannot be added to. "
+                "Train on a base in float32, bfloat16 or float16."
+            )
     return found
 
 

@@ -80,7 +80,10 @@ class Checkpoint:
         place = self.places[name]
         dtype = DTYPES.get(place.dtype)
         if dtype is None:
-            raise ModelError(f"{place.file}: {name} is of type {place.dtype}, which cannot be computed with.")
+            raise ModelError(
+                f"{place.file}: {name} is of type {place.dtype}, which cannot be computed with. "
+                "Use a base in float32, bfloat16 or float16."
+            )
         shape = place.shape or (1,)
         row = (place.end - place.start) // max(shape[0], 1)
         data = bytearray((stop - start) * row)
@@ -104,7 +107,10 @@ class Checkpoint:
         shapes = [[self.places[name].shape for name in names] for names in stored.experts]
         for names, found in zip(stored.experts, shapes, strict=True):
             if found != shapes[0] or any(len(shape) != 2 or shape[1] != found[0][1] for shape in found):
-                raise ModelError(f"{self.places[names[0]].file}: {names[0]} has another shape than the other experts'.")
+                raise ModelError(
+                    f"{self.places[names[0]].file}: {names[0]} has another shape than the other "
+                    "experts'. Copy it again."
+                )
         return len(shapes), sum(shape[0] for shape in shapes[0]), *shapes[0][0][1:]
 
     def chunks(self, name: str) -> Iterator[bytes]:
@@ -193,7 +199,7 @@ def read_header(path: Path) -> tuple[int, dict[str, Place]]:
             for name, entry in header.items()
         }
     except OSError as error:
-        raise ModelError(f"{path}: cannot be read ({error.strerror}).") from error
+        raise ModelError(f"{path}: cannot be read ({error.strerror}). Copy it again.") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise broken("has a header that is no safetensors header") from error
     ordered = dict(sorted(places.items(), key=lambda item: (item[1].start, item[1].end)))

@@ -188,7 +188,9 @@ class StreamedModel:
             names = [name for name, other in self.modules.items() if other is self.embedding]
             found = checkpoint.find(names[0], self.prefix)
         if found is None:
-            raise ModelError(f"{self.name}: the checkpoint lacks {module}.{parameter}, which config.json describes.")
+            raise ModelError(
+                f"{self.name}: the checkpoint lacks {module}.{parameter}, which config.json describes. Copy both again."
+            )
         return found
 
     def _stored_whole(self, checkpoint: Checkpoint, module: str) -> str:
@@ -210,7 +212,10 @@ class StreamedModel:
                 shape = checkpoint.shape_of(stored)
                 if shape != tuple(value.shape):
                     where = stored if isinstance(stored, str) else f"{name}.{parameter}"
-                    raise ModelError(f"{self.name}: {where} has shape {list(shape)}, not {list(value.shape)}.")
+                    raise ModelError(
+                        f"{self.name}: {where} has shape {list(shape)}, not {list(value.shape)} as "
+                        "config.json describes. Copy both again."
+                    )
         return frozenset(found)
 
     @torch.inference_mode()

@@ -51,6 +51,26 @@ def check_same(run: RunFolder, recipe: Recipe) -> bool:
     return longer
 
 
+def check_sources(run: RunFolder, data: str, base: str) -> None:
+    """Refuse data or a base that are not those of a run's newest whole checkpoint, if it has one.
+
+    Raises:
+        RunError: which of them has changed.
+    """
+    step, _ = newest_whole(run)
+    if step is not None:
+        _refuse_changed(run, read_state(run.checkpoint(step))[0], data, base)
+
+
+def _refuse_changed(run: RunFolder, state: TrainingState, data: str, base: str) -> None:
+    for name, before, now in (("data", state.data_fingerprint, data), ("base", state.base_fingerprint, base)):
+        if before != now:
+            raise RunError(
+                f"{run.root}: the {name} has changed since this run began (fingerprint was {before[:12]}, is "
+                f"{now[:12]}). Put the old files back, or start anew with another output."
+            )
+
+
 def find_checkpoint(run: RunFolder, data: str, base: str, progress: Progress) -> TrainingState | None:
     """Return the state to go on from, or None for the start, and say what is used and what differs.
 
@@ -70,12 +90,7 @@ def find_checkpoint(run: RunFolder, data: str, base: str, progress: Progress) ->
         progress.line(f"resume from step 0: {'no undamaged checkpoint' if damaged else 'no checkpoint yet'}")
         return None
     state, saved = read_state(run.checkpoint(step))
-    for name, before, now in (("data", state.data_fingerprint, data), ("base", state.base_fingerprint, base)):
-        if before != now:
-            raise RunError(
-                f"{run.root}: the {name} has changed since this run began (fingerprint was {before[:12]}, is "
-                f"{now[:12]}). Put the old files back, or start anew with another output."
-            )
+    _refuse_changed(run, state, data, base)
     progress.line(f"resume from step {step}")
     differences = machine_differences(saved)
     if differences:

@@ -152,7 +152,15 @@ def check_logits(
         hidden[name] = model.last_hidden(source, [prompt.ids for prompt in prompts], compute_device())
     advance(len(runs), len(runs) + 1)
     differences, losses, largest = _measure(runs, hidden, prompts)
+    bounded = _judge(differences, largest, reasons)
+    reported: dict[str, Any] = {"loss": losses}
+    if "trained" in runs:
+        reported["trained_base"] = differences["trained", "merged"].figures
+    return bounded, reported
 
+
+def _judge(differences: dict[tuple[str, str], Difference], largest: float, reasons: list[str]) -> dict[str, Any]:
+    """The bounded figures with their bounds; what is beyond one is added to `reasons`."""
     found = differences["adapter", "merged"]
     none = Difference(positions=found.positions, distinct=found.distinct)
     control = differences.get(("adapter", "control"), none)
@@ -169,12 +177,9 @@ def check_logits(
             sign = ">=" if name == "top1_agreement" else "<="
             reasons.append(f"logits: {name} is {figure:.4g} over {found.positions} positions, and should be {sign} "
                            f"{bounds[name]:.4g}")  # fmt: skip
-    if "control" in runs:
+    if ("adapter", "control") in differences:
         bounded["control"] = control.figures
-    reported: dict[str, Any] = {"loss": losses}
-    if "trained" in runs:
-        reported["trained_base"] = differences["trained", "merged"].figures
-    return bounded, reported
+    return bounded
 
 
 def _measure(

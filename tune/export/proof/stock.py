@@ -16,6 +16,8 @@ from tune.export.subject import Subject
 from tune.models.shards import Stack
 from tune.models.streamed import StreamedModel
 
+_WRITE_AGAIN = "Remove the run's finished.json; `tune train RUN/recipe.yaml --resume` writes the adapter again."
+
 
 def with_stock_adapter(subject: Subject, device: torch.device) -> StreamedModel:
     """Return the base without weights and PEFT's own LoRA layers around its linears, with the adapter's weights.
@@ -44,15 +46,18 @@ def _fill(model: Any, adapter: Path, device: torch.device) -> None:
         if last == "default" and isinstance(module, nn.Linear):
             tensor = tensors.pop(f"{parent}.weight", None)
             if tensor is None or tensor.shape != module.weight.shape:
-                raise ModelError(f"{adapter}: stock PEFT expects {parent}.weight of {list(module.weight.shape)} there.")
+                raise ModelError(
+                    f"{adapter}: stock PEFT expects {parent}.weight of "
+                    f"{list(module.weight.shape)} there. {_WRITE_AGAIN}"
+                )
             module.weight = nn.Parameter(tensor.to(device, torch.float32), requires_grad=False)
         elif isinstance(module, ModulesToSaveWrapper):
             saved = tensors.pop(f"{name}.weight", None)
             if saved is None:
-                raise ModelError(f"{adapter}: stock PEFT expects {name}.weight there.")
+                raise ModelError(f"{adapter}: stock PEFT expects {name}.weight there. {_WRITE_AGAIN}")
             module.modules_to_save["default"].weight = nn.Parameter(saved.to(device).float(), requires_grad=False)
     if tensors:
-        raise ModelError(f"{adapter}: stock PEFT has no place for {min(tensors)}.")
+        raise ModelError(f"{adapter}: stock PEFT has no place for {min(tensors)}. {_WRITE_AGAIN}")
 
 
 class StockChange:
@@ -60,12 +65,15 @@ class StockChange:
 
     Args:
         layer: PEFT's LoRA layer.
+        newest: holds ΔW of all experts of the layer that was asked for last; shared by the changes of one model.
         expert: which of the layer's experts; None where the layer has one matrix.
         start, stop: the matrix's rows among the expert's.
     """
 
-    def __init__(self, layer: Any, expert: int | None = None, start: int = 0, stop: int | None = None) -> None:
-        self.layer, self.expert, self.rows = layer, expert, slice(start, stop)
+    def __init__(
+        self, layer: Any, newest: dict[str, Any], expert: int | None = None, start: int = 0, stop: int | None = None
+    ) -> None:
+        self.layer, self.newest, self.expert, self.rows = layer, newest, expert, slice(start, stop)
 
     def exact(self, weight: Tensor) -> Tensor:
         """Return W + ΔW [out, in] in float32 on the CPU, or what takes the place of W."""
@@ -84,10 +92,10 @@ class StockChange:
         if self.expert is None:
             return _delta_of(self.layer)
         # PEFT computes all experts of a layer at once, and its experts are asked for one after the other.
-        if _newest.get("layer") is not self.layer:
-            _newest.clear()
-            _newest.update(layer=self.layer, delta=_delta_of(self.layer))
-        return cast(Tensor, _newest["delta"][self.expert, self.rows])
+        if self.newest.get("layer") is not self.layer:
+            self.newest.clear()
+            self.newest.update(layer=self.layer, delta=_delta_of(self.layer))
+        return cast(Tensor, self.newest["delta"][self.expert, self.rows])
 
     def sizes(self) -> tuple[Tensor, Tensor]:
         """Return s·‖bᵢ‖ [out] and ‖aⱼ‖ [in] on the CPU.
@@ -103,9 +111,6 @@ class StockChange:
             a_RI = a_RI.unflatten(0, (self.layer.num_experts, -1))[self.expert]
             b_OR = b_OR.unflatten(1, (-1, self.layer.num_experts))[self.rows, :, self.expert]
         return (abs(self.layer.scaling["default"]) * b_OR.norm(dim=1)).cpu(), a_RI.norm(dim=0).cpu()
-
-
-_newest: dict[str, Any] = {}
 
 
 def _delta_of(layer: Any) -> Tensor:
@@ -128,10 +133,11 @@ def stock_changes(subject: Subject, stock: StreamedModel) -> dict[str, list[Stoc
 
     names = {id(module): name for name, module in stock.modules.items()}
     found: dict[str, list[StockChange]] = {}
+    newest: dict[str, Any] = {}
     for layer in (module for module in stock.model.modules() if isinstance(module, ModulesToSaveWrapper)):
         whole = stock.stored(subject.checkpoint, names[id(layer.original_module)])
         assert isinstance(whole, str)
-        found[whole] = [StockChange(layer)]
+        found[whole] = [StockChange(layer, newest)]
     for layer in (module for module in stock.model.modules() if isinstance(module, LoraLayer)):
         parameter = getattr(layer, "parameter_name", None) or "weight"
         stored = stock.stored(subject.checkpoint, names[id(layer.get_base_layer())], parameter)
@@ -140,10 +146,10 @@ def stock_changes(subject: Subject, stock: StreamedModel) -> dict[str, list[Stoc
                 start = 0
                 for name in matrices:
                     stop = start + subject.checkpoint.places[name].shape[0]
-                    found[name] = [StockChange(layer, expert, start, stop)]
+                    found[name] = [StockChange(layer, newest, expert, start, stop)]
                     start = stop
         elif len(subject.checkpoint.places[stored].shape) == 3:
-            found[stored] = [StockChange(layer, expert) for expert in range(layer.num_experts)]
+            found[stored] = [StockChange(layer, newest, expert) for expert in range(layer.num_experts)]
         else:
-            found[stored] = [StockChange(layer)]
+            found[stored] = [StockChange(layer, newest)]
     return found
