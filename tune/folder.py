@@ -25,6 +25,10 @@ from tune.errors import RunError, did_you_mean
 _STEP = re.compile(r"step-(\d{6,})")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 """What PEFT reads of an adapter."""
+PROOF = "merge-proof.json"
+"""In every merged folder: what was proven."""
+UNPROVEN = "UNPROVEN"
+"""In a merged folder whose proof failed."""
 MANIFEST = "manifest.json"
 """In every checkpoint: the SHA-256 of each of its files."""
 

@@ -34,7 +34,28 @@ MERGE_REFUSED = (
 )
 
 
-class ParamWrapper(peft_layer.ParamWrapper):  # type: ignore[misc]
+class NeverMergedWrapper(peft_layer.ParamWrapper):  # type: ignore[misc]
+    """PEFT's wrapper of a bare parameter, for what must not be merged in memory."""
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refuse, with what to do instead."""
+        raise ModelError(MERGE_REFUSED)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Return the module without the adapter.
+
+        Raises:
+            ModelError: the adapter is to be merged.
+        """
+        if merge:
+            self.merge()
+        base: nn.Module = self.get_base_layer()
+        return base
+
+
+class ParamWrapper(NeverMergedWrapper):
     """LoRA on gate_up_proj or down_proj of an experts module, packed or dense.
 
     It must bear this name: PEFT knows its wrappers of parameters by their class's name.
@@ -113,23 +134,6 @@ class ParamWrapper(peft_layer.ParamWrapper):  # type: ignore[misc]
 
     def _drops(self, name: str) -> bool:
         return self.training and isinstance(self.lora_dropout[name], nn.Dropout)
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refuse, with what to do instead."""
-        raise ModelError(MERGE_REFUSED)
-
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
-        """Return the experts without the adapter.
-
-        Raises:
-            ModelError: they are to be merged.
-        """
-        if merge:
-            self.merge()
-        base: nn.Module = self.get_base_layer()
-        return base
 
 
 def _without_dropout(config: LoraConfig) -> LoraConfig:

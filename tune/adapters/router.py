@@ -12,17 +12,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft.tuners.lora import layer as peft_layer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from tune.adapters.expert_lora import MERGE_REFUSED, plain_name
-from tune.errors import ModelError
+from tune.adapters.expert_lora import NeverMergedWrapper, plain_name
 from tune.models.experts import expert_modules
 
 
-class ParamWrapper(peft_layer.ParamWrapper):  # type: ignore[misc]
+class ParamWrapper(NeverMergedWrapper):
     """LoRA on a router's weight, saved as stock PEFT's. PEFT knows such a class by this name."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -36,23 +34,6 @@ class ParamWrapper(peft_layer.ParamWrapper):  # type: ignore[misc]
         for name in names:
             weight_EH = weight_EH + self.scaling[name] * (self.lora_B[name].weight @ self.lora_A[name].weight).float()
         return functional_call(base, {"weight": weight_EH.to(x.dtype)}, (x, *args), kwargs)
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refuse, with what to do instead."""
-        raise ModelError(MERGE_REFUSED)
-
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
-        """Return the router without the adapter.
-
-        Raises:
-            ModelError: it is to be merged.
-        """
-        if merge:
-            self.merge()
-        base: nn.Module = self.get_base_layer()
-        return base
 
 
 class TrainedRouter(nn.Module):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from tune.folder import UNPROVEN
+
 
 def is_whole_model(path: str | Path) -> bool:
     """Whether a folder is a model rather than a run.
@@ -19,7 +21,7 @@ def is_whole_model(path: str | Path) -> bool:
 
 def is_unproven(path: str | Path) -> bool:
     """Whether it is a merge whose proof failed."""
-    return (Path(path).expanduser() / "UNPROVEN").exists()
+    return (Path(path).expanduser() / UNPROVEN).exists()
 
 
 def no_adapter(path: str | Path) -> str:

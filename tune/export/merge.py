@@ -35,12 +35,12 @@ from torch import Tensor
 from tune.errors import ModelError, RunError, UntrustworthyError
 from tune.export.card import merged_card
 from tune.export.deltas import Replacement
-from tune.export.place import PROOF, UNPROVEN, beside, check_free, find_output
+from tune.export.place import beside, check_free, find_output
 from tune.export.proof import Proof, prove
 from tune.export.proof.stock import with_stock_adapter
 from tune.export.subject import Base, Subject, find_subject
 from tune.export.words import write_words
-from tune.folder import check_unchanged, explain_os_errors, flush, write_file
+from tune.folder import PROOF, UNPROVEN, check_unchanged, explain_os_errors, flush, write_file
 from tune.models.shards import DTYPES, copying, read_header
 from tune.models.streamed import Weights
 from tune.progress import Progress

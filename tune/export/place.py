@@ -10,10 +10,7 @@ import shutil
 from pathlib import Path
 
 from tune.errors import RunError
-from tune.folder import folder_of
-
-PROOF = "merge-proof.json"
-UNPROVEN = "UNPROVEN"
+from tune.folder import PROOF, UNPROVEN, folder_of
 
 
 def find_output(path: str | Path) -> Path:

@@ -21,7 +21,7 @@ from tune.errors import RunError
 from tune.export.card import card_warnings, marker, write_card
 from tune.export.facts import HUB_NAME, Facts, read_facts, read_json
 from tune.export.secrets import holds_secret, redact, redact_all
-from tune.folder import RunFolder, check_unchanged, file_digest, folder_of
+from tune.folder import PROOF, UNPROVEN, RunFolder, check_unchanged, file_digest, folder_of
 from tune.recipe.load import load_recipe, recipe_to_yaml
 
 MARKER = "tune-run.json"
@@ -38,10 +38,10 @@ _TOKENIZER = (
     "chat_template.jinja",
 )
 _MERGED = (
-    *("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "merge-proof.json"),
+    *("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", PROOF),
     *("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "*.py"),
 )
-_REWRITTEN = ("*config.json", "merge-proof.json", "special_tokens_map.json")
+_REWRITTEN = ("*config.json", PROOF, "special_tokens_map.json")
 _NAMES_A_PLACE = {"name_or_path", "_name_or_path", "base_model_name_or_path"}
 _ONLY_OURS = {"is_local", "local_files_only", "tokenizer_file", "vocab_file", "merges_file"}
 """Keys of a tokenizer's configuration that speak of this machine."""
@@ -197,9 +197,9 @@ def check_merge(folder: Path, adapter: Path, command: str) -> dict[str, Any]:
     """
     if not folder.is_dir():
         raise RunError(f"{folder}: there is no merged model yet. Type `{command}`, then push again.")
-    proof = read_json(folder / "merge-proof.json")
+    proof = read_json(folder / PROOF)
     again = f"Remove that folder and type `{command}`"
-    if (folder / "UNPROVEN").exists() or (proof and proof.get("verdict") != "proven"):
+    if (folder / UNPROVEN).exists() or (proof and proof.get("verdict") != "proven"):
         reasons = proof.get("reasons") or ["its proof failed"]
         raise RunError(
             f"{folder}: is not the model that was trained ({'; '.join(map(str, reasons))[:200]}), so it is not "

@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 from tune.errors import ModelError
-from tune.export.place import PROOF, UNPROVEN
 from tune.export.proof.config import check_configs
 from tune.export.proof.logits import check_logits
 from tune.export.proof.prompts import choose_prompts
@@ -38,7 +37,7 @@ from tune.export.proof.stock import with_stock_adapter
 from tune.export.proof.tokenizer import check_tokenizer
 from tune.export.proof.weights import check_weights, open_merged
 from tune.export.subject import Subject
-from tune.folder import file_digest
+from tune.folder import PROOF, UNPROVEN, file_digest
 from tune.models.shards import Checkpoint
 from tune.models.streamed import compute_device
 from tune.progress import Progress
