@@ -36,6 +36,12 @@ def logits_of(model: Any) -> torch.Tensor:
         return model.eval()(input_ids=ids).logits
 
 
+def lora_layers(model: Any) -> list[Any]:
+    from peft.tuners.lora import LoraLayer
+
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
 @pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe"])
 @pytest.mark.parametrize("stored", [None, stack_experts])
 def test_stock_transformers_and_stock_peft_agree_with_it(
@@ -55,6 +61,23 @@ def test_stock_transformers_and_stock_peft_agree_with_it(
     adapted = logits_of(PeftModel.from_pretrained(base, str(run.run.adapter)))
     assert relative(merged, adapted) < 1e-5
     assert relative(merged, plain) > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys")  # PEFT looks among modules alone
+def test_rank_stabilised_adapters_are_those_of_stock_peft_and_merge(tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    run = made("mixtral", adapter__targets=EXPERTS, adapter__rslora=True, adapter__ranks={"experts": 9})
+    assert json.loads((run.run.adapter / "adapter_config.json").read_text())["use_rslora"] is True
+    done = merge(run.run.root, tmp_path / "out")
+    assert done.proof.holds
+    options: dict[str, Any] = {"dtype": torch.float32, "experts_implementation": "eager"}
+    merged = logits_of(AutoModelForCausalLM.from_pretrained(done.folder, **options))
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(run.base, **options), str(run.run.adapter))
+    scalings = {module.r["default"]: module.scaling["default"] for module in lora_layers(model)}
+    assert scalings == {4: 32 / 2, 9: 32 / 3}
+    assert relative(merged, logits_of(model)) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -17,8 +17,8 @@ SMALLEST: dict[str, Any] = {"model": {"base": "some/model"}, "data": {"train": "
 DEFAULTS: dict[str, dict[str, Any]] = {
     "model": {"base": "some/model", "revision": None, "quantization": "nf4", "dtype": "bfloat16"}
     | {"trust_remote_code": False},
-    "adapter": {"method": "lora", "rank": 16, "alpha": 32, "dropout": 0, "targets": ("attention", "mlp")}
-    | {"init": "default", "ranks": {}, "exclude": (), "start_from": None},
+    "adapter": {"method": "lora", "rank": 16, "alpha": 32, "rslora": False, "dropout": 0}
+    | {"targets": ("attention", "mlp"), "init": "default", "ranks": {}, "exclude": (), "start_from": None},
     "router": {"balance_loss": 0.02, "train": "frozen"},
     "data": {"eval": 0, "template": "auto", "system": None, "max_length": 2048, "train_on": "responses"}
     | {"on_long": "truncate", "on_bad": "error", "add_tokens": False},

@@ -305,9 +305,16 @@ def test_a_resume_without_a_whole_checkpoint_begins_again_at_start_from(tmp_path
     assert outcome(run) == whole
 
 
-@pytest.mark.parametrize(("changes", "words"), [({"alpha": 8}, "adapter.alpha: 32"), ({"rank": 8}, "adapter.rank: 4")])
-def test_an_adapter_of_another_rank_or_alpha_is_not_continued(
-    tmp_path: Path, changes: dict[str, int], words: str
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"alpha": 8}, "adapter.alpha: 32"),
+        ({"rank": 8}, "adapter.rank: 4"),
+        ({"rslora": True}, "adapter.rslora: false"),
+    ],
+)
+def test_an_adapter_of_another_rank_or_scale_is_not_continued(
+    tmp_path: Path, changes: dict[str, Any], words: str
 ) -> None:
     first = train(tiny_recipe(tmp_path, output=tmp_path / "first", train__max_steps=1))
     different = {f"adapter__{key}": value for key, value in changes.items()}

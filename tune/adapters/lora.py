@@ -181,6 +181,7 @@ def attach(
         r=section.rank,
         lora_alpha=section.alpha,
         lora_dropout=section.dropout,
+        use_rslora=section.rslora,
         target_modules=_shortest_suffixes([name for name in ranks if name in modules], everything, parts=1),
         target_parameters=_shortest_suffixes(bare, everything, parts=2) or None,
         modules_to_save=_shortest_suffixes(in_full, everything, parts=2) or None,
@@ -285,8 +286,13 @@ def read_adapter(folder: Path, model: PeftModel) -> None:
     ours = model.peft_config[ADAPTER]
     if config.get("alpha_pattern"):
         raise ModelError(f"{folder}: has alphas of its own for some layers, which this version does not continue.")
-    if config.get("use_dora") or config.get("use_rslora"):
-        raise ModelError(f"{folder}: uses DoRA or rank-stabilised scaling, which this version does not.")
+    if config.get("use_dora"):
+        raise ModelError(f"{folder}: uses DoRA, which this version does not.")
+    if bool(config.get("use_rslora")) != ours.use_rslora:
+        raise ModelError(
+            f"{folder}: its use_rslora is {json.dumps(bool(config.get('use_rslora')))}. "
+            f"Set adapter.rslora: {json.dumps(not ours.use_rslora)} to continue it."
+        )
     if config.get("modules_to_save") and not ours.modules_to_save:
         raise ModelError(
             f"{folder}: holds modules that were trained whole ({', '.join(sorted(config['modules_to_save']))}), which "

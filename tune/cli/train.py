@@ -31,6 +31,22 @@ The run folder is the recipe's `output`:
 
 With held-out data the result is the adapter of the best evaluation, not the last, unless `train.keep_best` is false.
 
+## A mixture of experts
+
+The facts of the run say `experts 120/120 nf4` (30 layers of 4) beside the linear layers: all that the experts hold is
+in 4 bits, or training does not begin. The lines of steps end in the balance of the routers: as much as a token has
+experts when all experts get the same share, and as much as a layer has experts when all tokens go to the same few. The
+loss that is printed is that of the text alone; `router.balance_loss` times the balance is added to what is trained on.
+
+The objects of `metrics.jsonl` have a `router` of:
+
+| key | holds |
+| --- | --- |
+| `balance` | the balance, averaged over layers |
+| `largest_load` | for each layer, the tokens of the busiest expert over those of a mean one; 1 is even |
+| `entropy` | for each layer, how evenly tokens are spread, in nats; the logarithm of the number of experts is even |
+| `dead_experts` | for each layer, the experts that got no token in the step |
+
 ## Stopping and going on
 
 Ctrl-C and SIGTERM let the step end and write a checkpoint; a second one leaves at once. The same command with

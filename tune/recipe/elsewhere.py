@@ -43,6 +43,7 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     ("model.dtype", "", "torch_dtype compute_dtype mixed_precision"),
     ("adapter.rank", "", "lora_r lora_rank lora_dim r"),
     ("adapter.alpha", "", "lora_alpha"),
+    ("adapter.rslora", "", "use_rslora peft_use_rslora"),
     ("adapter.dropout", "", "lora_dropout"),
     (
         "adapter.targets",
@@ -180,12 +181,11 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     ),
     ("", "The kind of model is read from its own configuration. Remove it.", "model_type"),
     ("", "The tokenizer is the base model's. Remove it.", "tokenizer_type tokenizer_name_or_path"),
-    ("", "Every adapter is scaled by adapter.alpha / its rank. Remove it.", "alpha_pattern"),
+    ("", "Every adapter is scaled by adapter.alpha and its rank alone. Remove it.", "alpha_pattern"),
     (
         "",
         "This variant of LoRA is not in this version. Remove it.",
-        "use_rslora peft_use_rslora use_dora peft_use_dora loftq_config pissa_init loraplus_lr_ratio "
-        "loraplus_lr_embedding lora_bias",
+        "use_dora peft_use_dora loftq_config pissa_init loraplus_lr_ratio loraplus_lr_embedding lora_bias",
     ),
     (
         "",

@@ -100,6 +100,8 @@ class Adapter(Section):
     """Inner width of each adapter, in dimensions."""
     alpha: Count = 32
     """Scale of the adapter's output: it is multiplied by alpha / rank."""
+    rslora: bool = False
+    """Whether outputs are multiplied by alpha / sqrt(rank) instead, so that high ranks learn as fast as low ones."""
     dropout: Fraction = 0.0
     """Share of an adapter's inputs zeroed while training, from 0 to below 1."""
     targets: Targets = ("attention", "mlp")
