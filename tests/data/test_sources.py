@@ -1,19 +1,33 @@
-"""Files and hub data sets: where each row stands, and one clear message for each thing that can be wrong."""
+"""Sources as a whole: what a path means, where a row stands, limits, renaming, digests, and the Hub."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from tests.data.conftest import fixture_path
-from tune.data.sources import read_rows
+from tune.data.sources import EXTENSIONS, BadRow, Opened, Place, Row, is_hub_id, open_source
 from tune.errors import DataError
 from tune.recipe.schema import Source
 
 
-def read(path, **options):
-    return read_rows(Source(path=str(path), **options))
+def opened(path, **options) -> Opened:
+    return open_source(Source(path=str(path), **options))
+
+
+def read(path, **options) -> list[Row | BadRow]:
+    return list(opened(path, **options))
+
+
+def values(path, **options) -> list[dict]:
+    return [row.value for row in read(path, **options) if isinstance(row, Row)]
 
 
 def refused(path, **options) -> str:
@@ -23,100 +37,336 @@ def refused(path, **options) -> str:
     return str(caught.value)
 
 
-def test_json_lines_say_their_lines(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\r\n  \n{"a": "x\xe2\x80\xa8y"}\n')
-    rows = read(path)
-    assert [(r.value["a"], r.where) for r in rows.good] == [(1, f"{path}:1"), ("x\u2028y", f"{path}:4")]
+def not_opened(path, **options) -> str:
+    with pytest.raises(DataError) as caught:
+        opened(path, **options)
+    return str(caught.value)
 
 
-def test_array_elements_say_the_line_on_which_they_start(tmp_path):
-    path = tmp_path / "a.json"
-    path.write_text('[\n {"a": 1}, {"a": 2},\n\n {"a":\n 3}\n]\n')
-    assert [(r.value["a"], r.where) for r in read(path).good] == [
-        (1, f"{path}:2"),
-        (2, f"{path}:2"),
-        (3, f"{path}:4"),
-    ]
+def lines(path: Path, *numbers: int) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"a": number}) + "\n" for number in numbers))
+    return path
 
 
-@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
-def test_the_content_decides_and_not_the_ending(tmp_path, name):
-    path = tmp_path / name
-    for text in ('[{"a": 1}, {"a": 2}]', '{"a": 1}\n{"a": 2}\n'):
-        path.write_text(text)
-        assert [r.value["a"] for r in read(path).good] == [1, 2]
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
-def test_lines_of_a_real_array_are_the_files_own():
+# Files, folders and patterns
+
+
+def test_lines_of_a_real_list_are_the_files_own():
     path = fixture_path("data/sharegpt-identity.json")
-    lines = path.read_text().split("\n")
-    rows = read(path).good
+    text = path.read_text().split("\n")
+    rows = read(path)
     assert len(rows) == 500
     for row in rows[::50]:
-        number = int(row.where.rpartition(":")[2])
-        assert lines[number - 1].strip() == "{"
-        assert row.value["id"] in lines[number]
+        assert text[row.place.number - 1].strip() == "{"
+        assert row.value["id"] in text[row.place.number]
 
 
-def test_rows_that_cannot_be_read_are_set_aside(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"a": 1}\n[1, 2]\n{"a": \n{"a": 2}\n"text"\n' + "[" * 100_000 + "\n")
-    rows = read(path)
-    assert [r.value["a"] for r in rows.good] == [1, 2]
-    assert [(b.where, b.reason.split(" (")[0]) for b in rows.bad] == [
-        (f"{path}:2", "is no object but [1, 2]"),
-        (f"{path}:3", "is not valid JSON"),
-        (f"{path}:5", 'is no object but "text"'),
-        (f"{path}:6", "is nested too deeply to be a row of training data"),
+def test_a_folder_is_its_files_by_name(here):
+    lines(here / "data" / "b.jsonl", 3, 4)
+    (here / "data" / "a.csv").write_text("a\n1\n2\n")
+    lines(here / "data" / ".hidden.jsonl", 9)
+    lines(here / "data" / "inner" / "c.jsonl", 9)
+    (here / "data" / "README.md").write_text("about")
+    (here / "data" / "empty.jsonl").write_text("")
+    source = opened("data/")
+    assert source.files == ("data/a.csv", "data/b.jsonl", "data/empty.jsonl")
+    rows = list(source)
+    assert [row.value["a"] for row in rows] == ["1", "2", 3, 4]
+    assert [source.where(row.place) for row in rows] == [
+        "data/a.csv:2",
+        "data/a.csv:3",
+        "data/b.jsonl:1",
+        "data/b.jsonl:2",
     ]
+    assert [row.value["a"] for row in opened("data", limit=3)] == ["1", "2", 3]
 
 
-def test_columns_are_renamed_and_limit_counts_rows(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps({"q": i, "output": "old", "answer": str(i)}) + "\n" for i in range(9)))
-    rows = read(path, columns={"instruction": "q", "output": "answer"}, limit=3).good
-    assert [r.value for r in rows] == [{"instruction": i, "output": str(i)} for i in range(3)]
-    path.write_text("[" + ", ".join('{"a": 1}' for _ in range(9)) + "]")
-    assert len(read(path, limit=4)) == 4
+def test_a_pattern_is_the_files_that_it_matches(here):
+    for name in ("x/b.jsonl", "x/a.jsonl", "x/y/c.jsonl", "x/.d.jsonl", "x/e.txt"):
+        lines(here / name, ord(name[-7]))
+    assert opened("x/*.jsonl").files == ("x/a.jsonl", "x/b.jsonl")
+    assert opened("x/**/*.jsonl").files == ("x/a.jsonl", "x/b.jsonl", "x/y/c.jsonl")
+    assert opened("x/[b-z].*").files == ("x/b.jsonl",)
+    assert opened(f"{here}/x/*").files == (f"{here}/x/a.jsonl", f"{here}/x/b.jsonl")
+    assert [row.value["a"] for row in opened("x/**", limit=2)] == [ord("a"), ord("b")]
+    # What is there by that very name wins.
+    assert opened(lines(here / "x[1].jsonl", 1)).files == (f"{here}/x[1].jsonl",)
 
 
-def test_what_is_wrong_with_a_file_is_said(tmp_path):
-    good = tmp_path / "alpaca.jsonl"
-    good.write_text('{"a": 1}')
-    assert "there is no such file" in refused(tmp_path / "alpacca.jsonl")
-    assert "Did you mean 'alpaca.jsonl'?" in refused(tmp_path / "alpacca.jsonl")
-    assert f"There is no folder '{tmp_path}/no'" in refused(tmp_path / "no" / "x.jsonl")
-    assert "is a folder; name one of its files, such as 'alpaca.jsonl'" in refused(tmp_path)
-    assert "split: is for data sets on the hub" in refused(good, split="train")
+def test_folders_that_datasets_saved_are_read(here):
+    import datasets
 
-    def written(name: str, content: bytes) -> str:
-        (tmp_path / name).write_bytes(content)
-        return refused(tmp_path / name)
-
-    assert "is empty" in written("e.jsonl", b" \n\n")
-    assert "holds no rows" in written("n.json", b"[]")
-    assert "e.json:3: is not valid JSON (Expecting value, column 2)" in written("e.json", b'[{"a": 1},\n\n x]')
-    assert "t.json:2: is not valid JSON" in written("t.json", b'[{"a": 1}\n')
-    assert "r.json:1: is not valid JSON" in written("r.json", b"[{}] x")
-    assert "l.jsonl:2: is not UTF-8 (byte 0xe9)" in written("l.jsonl", b'{"a": 1}\n{"a": "caf\xe9"}')
-    assert "Its key 'data' holds a list" in written("o.json", b'{\n "data": [{"a": 1}]\n}')
-    for name in ("x.csv", "x.parquet", "x"):
-        assert "reads .json and .jsonl files" in written(name, b"a,b")
+    table = datasets.Dataset.from_list([{"a": 1}, {"a": 2}])
+    table.save_to_disk(here / "one")
+    assert values("one") == [{"a": 1}, {"a": 2}]
+    datasets.DatasetDict({"train": table, "test": table}).save_to_disk(here / "several")
+    assert "Name one of them, such as several/test." in refused("several")
+    assert values("several/train") == [{"a": 1}, {"a": 2}]
 
 
-def test_a_missing_file_is_never_looked_up_on_the_hub(monkeypatch):
+def test_a_missing_path_is_said_with_the_nearest_name(here):
+    lines(here / "alpaca.jsonl", 1)
+    lines(here / "data" / "chats.jsonl", 1)
+    assert not_opened("alpacca.jsonl") == (
+        "alpacca.jsonl: there is no such file. Paths start at the working directory. Did you mean 'alpaca.jsonl'?"
+    )
+    assert "There is no folder 'no' either." in not_opened("no/x.jsonl")
+    assert "there is no such file or folder" in not_opened("./dat")
+    assert "Did you mean 'data'?" in not_opened("./dat")
+    assert "A data set on the Hub is written OWNER/NAME." in not_opened("squad")
+    assert "dta/*.jsonl: matches no file: dta: there is no such" in not_opened("dta/*.jsonl")
+    assert "Did you mean 'data'?" in not_opened("dta/*.jsonl")
+    assert "data/*.csv: matches no file." in not_opened("data/*.csv")
+    assert "data holds chats.jsonl." in not_opened("data/*.csv")
+    assert "Did you mean 'chats.jsonl'?" in not_opened("data/char?.jsonl")
+    (here / "link.jsonl").symlink_to("gone.jsonl")
+    assert not_opened("link.jsonl") == "link.jsonl: is a link to 'gone.jsonl', which is not there. Mend the link."
+
+
+def test_a_folder_that_gives_nothing_says_why(here):
+    (here / "empty").mkdir()
+    assert not_opened("empty") == "empty: is a folder, and it is empty. Name another."
+    (here / "texts").mkdir()
+    (here / "texts" / "a.txt").write_text("x")
+    assert "texts: is a folder, and none of its files (a.txt) is read: a .txt file is not read." in not_opened("texts")
+    lines(here / "deep" / "train" / "a.jsonl.gz", 1)
+    assert not_opened("deep") == (
+        "deep: is a folder, and its rows are further down. Name deep/train, or write deep/**/*.jsonl.gz for all below."
+    )
+    (here / "model").mkdir()
+    (here / "model" / "config.json").write_text("{}")
+    assert "model: is a folder that holds a model (config.json), not rows." in not_opened("model")
+    lines(here / "blank" / "a.jsonl")
+    assert refused("blank") == "blank: is empty: it holds no rows. Give data with at least one."
+
+
+def test_the_same_rows_packed_and_unpacked_are_not_read_twice(here):
+    lines(here / "data" / "a.jsonl", 1)
+    (here / "data" / "a.jsonl.gz").write_bytes(b"")
+    for path in ("data", "data/a.*"):
+        assert "holds data/a.jsonl and data/a.jsonl.gz: most likely the same rows twice" in not_opened(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("a.xlsx", "a .xlsx file is not read. Save the sheet as .csv, in UTF-8."),
+        ("a.zip", "a .zip file is not read. Unpack it, or pack with .gz or .zst."),
+        ("a.tar.gz", "a .tar file is not read. Unpack it"),
+        ("a.pkl", "a .pkl file is not read. Such a file can run code when it is opened, so it never is."),
+        ("a.txt", 'Rows have columns: save each text as a line {"text": "..."} of a .jsonl file.'),
+        ("a.feather", "let its name end in .arrow"),
+        ("a.jsnl", "Data files are .jsonl, .json, .ndjson, .csv, .tsv, .parquet, .arrow, each also .gz or .zst."),
+        ("a.jsnl", "Did you mean '.jsonl'?"),
+        ("a", "a: a file without an ending is not read."),
+        ("a.gz", "its name does not say what is packed. Let it end in one such as .jsonl.gz."),
+    ],
+)
+def test_a_kind_that_is_not_read_is_said(here, name, said):
+    (here / name).write_bytes(b"x")
+    assert said in not_opened(name)
+    if Path(name).suffix:
+        assert said in not_opened(f"*{Path(name).suffix}")
+
+
+def test_addresses_and_what_is_no_path_are_refused():
+    assert not_opened("https://huggingface.co/datasets/o/n/tree/main") == (
+        "https://huggingface.co/datasets/o/n/tree/main: is an address. Write the data set's id: o/n."
+    )
+    assert "is an address (s3), and rows are read from files" in not_opened("s3://bucket/a.jsonl")
+    assert "is no path (embedded null byte)" in not_opened("a\0.jsonl")
+    assert "cannot be looked at (File name too long)" in not_opened("x" * 5000 + ".jsonl")
+    assert "is a local path, and split: is for data sets on the Hub" in not_opened("data/a.jsonl", split="train")
+
+
+def test_only_regular_files_are_opened(here):
+    os.mkfifo("pipe.jsonl")  # to open one for reading waits for a writer
+    assert "is no regular file but a pipe" in not_opened("pipe.jsonl")
+    assert "is no regular file but a device" in not_opened("/dev/null")
+    with socket.socket(socket.AF_UNIX) as held:
+        held.bind("socket.jsonl")
+        assert "socket.jsonl: " in not_opened("socket.jsonl")
+    with pytest.raises(DataError, match="a pipe"):
+        opened(".")
+
+
+def deny(monkeypatch, name: str, call: str) -> None:
+    """As for a person who is not root."""
+    real = getattr(os, call)
+
+    def denied(path, *args, **options):
+        if os.fspath(path).endswith(name):
+            raise PermissionError(13, "Permission denied", path)
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(os, call, denied)
+
+
+def test_what_is_not_permitted_is_said(here, monkeypatch):
+    lines(here / "data" / "a.jsonl", 1)
+    with monkeypatch.context() as patch:
+        deny(patch, "a.jsonl", "open")
+        assert not_opened("data/a.jsonl") == (
+            "data/a.jsonl: cannot be read (Permission denied). Check the file's permissions."
+        )
+        assert "data/a.jsonl: cannot be read (Permission denied)" in not_opened("data")
+    with monkeypatch.context() as patch:
+        deny(patch, "data", "scandir")
+        assert not_opened("data") == "data: cannot be listed (Permission denied). Check the folder's permissions."
+    with monkeypatch.context() as patch:
+        deny(patch, "a.jsonl", "stat")
+        assert "data/a.jsonl: cannot be looked at (Permission denied)" in not_opened("data/a.jsonl")
+
+
+def test_a_file_that_changes_is_refused(here):
+    path = lines(here / "a.jsonl", *range(100_000))
+    source = opened("a.jsonl")
+    rows = iter(source)
+    next(rows)
+    with open(path, "a") as file:
+        file.write('{"a": 1}\n')
+    with pytest.raises(DataError, match="changed while it was being read"):
+        list(rows)
+    with pytest.raises(DataError, match="changed while it was being read"):
+        source.digest()
+    assert len(read("a.jsonl")) == 100_001
+    source = opened("a.jsonl")
+    path.unlink()
+    with pytest.raises(DataError, match="was there, and is gone"):
+        list(source)
+
+
+def test_a_disk_that_fails_is_said(here, monkeypatch):
+    lines(here / "a.jsonl", 1)
+    source = opened("a.jsonl")
+    real = open
+
+    class Failing:
+        def __init__(self, raw):
+            self.raw, self.fileno = raw, raw.fileno
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.raw.close()
+
+        def read(self, size):
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("builtins.open", lambda *args, **options: Failing(real(*args, **options)))
+    with pytest.raises(DataError, match=r"a.jsonl: cannot be read \(Input/output error\). Check the file and its disk"):
+        list(source)
+
+
+# Limit, columns, digest
+
+
+def test_limit_counts_every_row_over_all_files_and_reads_no_further(here):
+    (here / "data").mkdir()
+    (here / "data" / "a.jsonl").write_text('{"a": 1}\n[]\n{"a": 2}\n')
+    (here / "data" / "b.jsonl").write_text('{"a": 3}\n{"a": 4}\n')
+    (here / "data" / "c.jsonl").write_bytes(b"\xff\xff")
+    assert [type(row) for row in read("data", limit=2)] == [Row, BadRow]
+    assert read("data", limit=5)[3:] == [Row({"a": 3}, Place(1, 1)), Row({"a": 4}, Place(1, 2))]
+    assert "data/c.jsonl:1: is not UTF-8" in refused("data", limit=6)
+
+
+def test_columns_are_renamed(here):
+    (here / "a.jsonl").write_text('{"q": 1, "output": "old", "answer": "x", "input": "i"}\n[]\n{"output": "old"}\n')
+    rows = read("a.jsonl", columns={"instruction": "q", "output": "answer"})
+    assert [getattr(row, "value", None) for row in rows] == [
+        {"instruction": 1, "output": "x", "input": "i"},
+        None,
+        {},
+    ]
+    swapped = values("a.jsonl", columns={"input": "q", "q": "input"}, limit=1)
+    assert swapped == [{"input": 1, "q": "i", "output": "old", "answer": "x"}]
+
+
+def test_a_column_that_no_row_has_is_refused_before_any_row(here):
+    (here / "a.jsonl").write_text('{"question": "x", "answer": "y"}\n' * 100 + '{"question": "x", "hint": "h"}\n')
+    source = opened("a.jsonl", columns={"instruction": "question", "output": "answr"})
+    with pytest.raises(DataError) as caught:
+        iter(source)
+    assert str(caught.value) == (
+        "a.jsonl: columns.output: there is no column 'answr'. It has: question, answer. Did you mean 'answer'?"
+    )
+    # One that only the last row has is a column.
+    source = opened("a.jsonl", columns={"input": "hint"})
+    assert [[*source][-1].value for _ in range(2)] == [{"question": "x", "input": "h"}] * 2
+    assert "no column 'hint'" in refused("a.jsonl", columns={"input": "hint"}, limit=100)
+
+
+def test_a_digest_is_of_the_contents_alone(here):
+    one = lines(here / "a" / "x.jsonl", 1, 2)
+    digest = opened(one).digest()
+    shutil.copy(one, here / "copy.jsonl")
+    assert opened("copy.jsonl").digest() == opened("a").digest() == opened("a/*").digest() == digest
+    assert len(digest) == 64
+    os.utime(one, (1, 1))
+    assert opened(one).digest() == digest
+    # The same bytes in two files are other rows' places; and read as another kind, other rows.
+    different = {digest, opened(lines(here / "y.jsonl", 1, 3)).digest()}
+    lines(here / "b" / "1.jsonl", 1), lines(here / "b" / "2.jsonl", 2)
+    different.add(opened("b").digest())
+    for name in ("t.csv", "t.tsv"):
+        (here / name).write_text("a,b\tc\n1,2\t3\n")
+        different.add(opened(name).digest())
+    # Where one file ends and the next begins is part of it, whatever they hold.
+    (here / "c").mkdir()
+    (here / "c" / "1.jsonl").write_bytes(
+        (here / "b" / "1.jsonl").read_bytes() + b".jsonl" + (here / "b" / "2.jsonl").read_bytes()
+    )
+    different.add(opened("c").digest())
+    assert len(different) == 6
+
+
+def test_opening_reads_no_rows_and_imports_nothing_heavy(here):
+    lines(here / "a.jsonl", 1)
+    code = (
+        "import sys; from tune.data.sources import open_source; from tune.recipe.schema import Source\n"
+        "print(*map(repr, open_source(Source(path='a.jsonl'))))\n"
+        "print([m for m in ('pyarrow', 'datasets', 'torch', 'transformers', 'numpy') if m in sys.modules])"
+    )
+    root = str(Path(__file__).resolve().parents[2])
+    run = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True
+    )
+    assert run.stdout == "Row(value={'a': 1}, place=Place(file=0, number=1))\n[]\n", run.stderr
+
+
+# The Hub
+
+
+def test_what_ends_as_a_file_is_never_looked_up_on_the_hub(monkeypatch):
     import datasets
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: pytest.fail("asked the hub"))
-    assert "there is no such file" in refused("data/absent.jsonl")
-    assert "there is no such file" in refused("data/absent.parquet")
+    for name in ("data/absent.jsonl", "data/absent.parquet", "data/absent.csv.gz", "data/absent.xlsx"):
+        assert not is_hub_id(name)
+        assert "there is no such file" in not_opened(name)
+    assert is_hub_id("owner/name")
+    assert is_hub_id("owner/name-v1.5")
+    assert {".jsonl", ".gz", ".xlsx"} <= EXTENSIONS
+
+
+def test_a_local_path_wins_over_a_hub_id(here):
+    lines(here / "owner" / "name" / "a.jsonl", 7)
+    assert values("owner/name") == [{"a": 7}]
 
 
 @pytest.fixture
 def hub_answers(monkeypatch):
     """The first question to the hub is answered, so that the libraries above go on to load."""
-    monkeypatch.setattr("tune.data.sources.refused_at_once", lambda *args: None)
+    monkeypatch.setattr("tune.data.sources.hub_rows.refused_at_once", lambda *args: None)
 
 
 @pytest.mark.usefixtures("hub_answers")
@@ -127,24 +377,79 @@ def test_hub_rows_say_their_index_and_options_are_passed_on(monkeypatch):
 
     def load_dataset(path, **options):
         asked.update(options, path=path)
-        return datasets.Dataset.from_list([{"q": str(i)} for i in range(5)])
+        return datasets.Dataset.from_list([{"q": str(i)} for i in range(1500)])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    rows = read("owner/name", split="test", config="main", revision="v1", columns={"instruction": "q"}, limit=2).good
+    options = {"split": "test", "config": "main", "revision": "v1", "columns": {"instruction": "q"}}
+    source = opened("owner/name", **options, limit=1200)
     assert asked == {"path": "owner/name", "name": "main", "split": "test", "revision": "v1"}
-    assert [(r.value, r.where) for r in rows] == [
-        ({"instruction": "0"}, "owner/name[test][0]"),
-        ({"instruction": "1"}, "owner/name[test][1]"),
-    ]
-    read("owner/name")
+    rows = list(source)
+    assert [row.value for row in rows] == [{"instruction": str(i)} for i in range(1200)]
+    assert source.files == ("owner/name[test]",)
+    assert [source.where(row.place) for row in rows[1100:1102]] == ["owner/name[test][1100]", "owner/name[test][1101]"]
+    opened("owner/name")
     assert asked["split"] == "train"
+    assert "owner/name: columns.input: there is no column 'p'" in refused("owner/name", columns={"input": "p"})
 
 
-def test_a_local_path_wins_over_a_hub_id(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "owner").mkdir()
-    (tmp_path / "owner" / "name").mkdir()
-    assert "is a folder" in refused("owner/name")
+@pytest.fixture
+def local_hub(here, hub_answers, monkeypatch):
+    """`datasets` itself, with a file in the place of what it would fetch."""
+    import datasets
+
+    real = datasets.load_dataset
+
+    def load_dataset(path, *, name, split, revision):
+        return real("json", name, data_files={"train": "rows.jsonl"}, split=split, cache_dir=str(here / "cache"))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return lines(here / "rows.jsonl", *range(20))
+
+
+def test_a_part_of_a_split_is_read_as_datasets_does(local_hub):
+    source = opened("o/n", split="train[:10%]")
+    assert [row.value["a"] for row in source] == [0, 1]
+    assert source.where(Place(0, 1)) == "o/n[train[:10%]][1]"
+    assert [row["a"] for row in values("o/n", split="train[18:]", limit=1)] == [18]
+
+
+def test_a_hub_digest_follows_the_data_and_the_split(local_hub):
+    digests = [opened("o/n", split=split).digest() for split in (None, "train", "train[:10]", "train[10:]")]
+    assert digests[0] == digests[1]
+    assert len({*digests}) == 3
+    lines(local_hub, *range(1, 21))
+    os.utime(local_hub, (1, 1))
+    assert opened("o/n").digest() not in digests
+
+
+def test_features_of_datasets_become_plain_values(here, hub_answers, monkeypatch):
+    import datasets
+
+    features = datasets.Features(
+        {
+            "tools": datasets.Json(),
+            "turns": datasets.List({"role": datasets.Value("string")}),
+            "picture": datasets.Image(),
+        }
+    )
+    row = {"tools": {"a": [1, "x"]}, "turns": [{"role": "user"}], "picture": {"path": None, "bytes": b"no picture"}}
+    table = datasets.Dataset.from_list([row], features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: table)
+    assert values("o/n") == [row]
+
+
+def test_a_damaged_cache_is_said(hub_answers, monkeypatch):
+    import datasets
+
+    table = datasets.Dataset.from_list([{"a": 1}])
+
+    def fails(*args, **options):
+        raise OSError("Corrupt buffer")
+        yield
+
+    monkeypatch.setattr(datasets.Dataset, "iter", fails)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: table)
+    assert "o/n[train]: cannot be read from the cache (Corrupt buffer). Remove its folder" in refused("o/n")
 
 
 @pytest.mark.usefixtures("hub_answers")
@@ -178,7 +483,7 @@ def test_what_is_wrong_on_the_hub_is_said(monkeypatch, kind, text, said):
         raise error(text)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert said in refused("o/n", revision="v9")
+    assert said in not_opened("o/n", revision="v9")
 
 
 @pytest.fixture
@@ -208,7 +513,7 @@ def hub_out_of_reach(tmp_path, monkeypatch):
 
 
 def test_without_network_a_data_set_is_refused_at_once(hub_out_of_reach):
-    assert refused("owner/name") == (
+    assert not_opened("owner/name") == (
         "data: owner/name is neither here nor in the cache, and the Hub cannot be reached (no network, or "
         "HF_HUB_OFFLINE is set). Check the name, or go online once to fetch it."
     )
@@ -220,12 +525,3 @@ def test_without_network_the_cache_is_read(hub_out_of_reach, tmp_path, cached):
     (tmp_path / cached).mkdir(parents=True)
     assert len(read("owner/MyName")) == 1
     assert hub_out_of_reach == ["owner/MyName"]
-
-
-def test_a_column_that_no_row_has_is_refused_by_its_key(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"question": "x", "answer": "y"}\n{"question": "x", "hint": "h"}\n')
-    assert refused(path, columns={"instruction": "question", "output": "answr"}) == (
-        f"{path}: columns.output: there is no column 'answr'. It has: question, answer, hint. Did you mean 'answer'?"
-    )
-    assert len(read(path, columns={"output": "answer", "input": "hint"})) == 2
