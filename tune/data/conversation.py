@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
 
-from tune.errors import DataError, did_you_mean
+from tune.errors import DataError
 
 Role = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -17,12 +18,16 @@ class BadRowError(DataError):
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. `input` is Alpaca's separate input; `trained=False` keeps an answer out of the loss."""
+    """One turn. `input` is Alpaca's separate input; `trained=False` keeps an answer out of the loss.
+
+    `extra` is what a chat template may read besides: `tool_calls`, `tool_call_id`, `name`, `reasoning_content`.
+    """
 
     role: Role
     content: str
     input: str | None = None
     trained: bool = True
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def text(self) -> str:
@@ -32,9 +37,16 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages in the order in which they were said."""
+    """Messages in the order in which they were said, and the tools that they may call, as JSON schemas.
+
+    `text` is a whole text to learn, in place of messages: there are none then, no template writes it, and every
+    token of it is trained on. `mended` says what a format changed in the order of the turns, in words.
+    """
 
     messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+    text: str | None = None
+    mended: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, *turns: tuple[Role, str]) -> Conversation:
@@ -47,42 +59,61 @@ class Conversation:
         return bool(self.messages) and self.messages[0].role == "system"
 
     def with_system(self, content: str) -> Conversation:
-        """This conversation behind a system message, unless it has one."""
-        return self if self.has_system else Conversation((Message("system", content), *self.messages))
+        """This conversation behind a system message, unless it has one or is a text."""
+        return (
+            self
+            if self.has_system or self.text is not None
+            else replace(self, messages=(Message("system", content), *self.messages))
+        )
 
     def last_response_only(self) -> Conversation:
         """This conversation with every answer but the last kept out of the loss."""
         last = max((i for i, m in enumerate(self.messages) if m.role == "assistant"), default=-1)
-        return Conversation(
-            tuple(
-                replace(m, trained=False) if m.role == "assistant" and i != last else m
-                for i, m in enumerate(self.messages)
-            )
+        kept = (
+            replace(m, trained=False) if m.role == "assistant" and i != last else m for i, m in enumerate(self.messages)
         )
+        return replace(self, messages=tuple(kept))
 
 
-def checked(messages: list[Message]) -> Conversation:
+def checked(messages: Sequence[Message], tools: tuple[Mapping[str, Any], ...] = ()) -> Conversation:
     """The conversation of a row's messages; a blank system message counts as none.
+
+    Only an answer that calls tools, and what a tool returned, may be empty.
 
     Raises:
         BadRowError: no messages, no assistant turn, an empty turn, or text that is not valid Unicode.
     """
-    kept = [m for m in messages if m.role != "system" or m.content.strip()]
+    kept = []
+    answered = False
+    for number, message in enumerate(messages, start=1):
+        role, content = message.role, message.content
+        if not content or content.isspace():
+            if role == "system":
+                continue
+            if role != "tool" and "tool_calls" not in message.extra:
+                raise BadRowError(_empty_turn(messages, number))
+        elif not content.isascii():
+            check_unicode(content)
+        if message.input:
+            check_unicode(message.input)
+        answered = answered or role == "assistant"
+        kept.append(message)
     if not kept:
         raise BadRowError("the conversation is empty")
-    if not any(m.role == "assistant" for m in kept):
+    if not answered:
         raise BadRowError("the conversation has no assistant turn, so there is nothing to learn")
-    for number, message in enumerate(kept, start=1):
-        if not message.content.strip():
-            what = "answer" if message.role == "assistant" else f"{message.role} turn"
-            raise BadRowError(f"the {what} is empty" if len(kept) < 3 else f"turn {number}, the {what}, is empty")
-        _check_unicode(message.content)
-        if message.input:
-            _check_unicode(message.input)
-    return Conversation(tuple(kept))
+    return Conversation(tuple(kept), tools)
 
 
-def _check_unicode(text: str) -> None:
+def _empty_turn(messages: Sequence[Message], number: int) -> str:
+    role = messages[number - 1].role
+    what = "answer" if role == "assistant" else f"{role} turn"
+    few = sum(message.role != "system" for message in messages) < 3
+    return f"the {what} is empty" if few else f"turn {number}, the {what}, is empty"
+
+
+def check_unicode(text: str) -> None:
+    """Raise BadRowError when a text cannot be written as UTF-8."""
     if text.isascii():
         return
     try:
@@ -92,16 +123,3 @@ def _check_unicode(text: str) -> None:
         raise BadRowError(
             f"the text holds half a surrogate pair (U+{ord(broken):04X}), which is no character"
         ) from None
-
-
-def checked_role(name: object, aliases: dict[str, Role]) -> Role:
-    """The role that `name` stands for in a format with these names for roles.
-
-    Raises:
-        BadRowError: an unknown role, or one that is not a string.
-    """
-    if isinstance(name, str) and name in aliases:
-        return aliases[name]
-    known = ", ".join(aliases)
-    near = did_you_mean(name, aliases) if isinstance(name, str) else ""
-    raise BadRowError(f"unknown role {name!r}; roles here are {known}.{near}")

@@ -1,31 +1,58 @@
-"""Alpaca: `instruction`, `output`, and optionally `input` and `system`, one question and one answer a row."""
+"""Alpaca: `instruction`, `output`, and optionally `input` and `system`, one question and one answer a row.
+
+The seed tasks of self-instruct, from which Alpaca's rows were made, hold several answers to one instruction as a list
+of `instances`, each `{input, output}`; each of them is a conversation of its own.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from tune.data.conversation import Conversation, Message, checked
-from tune.data.formats.fields import optional_text, required_text
+from tune.data.conversation import BadRowError, Conversation
+from tune.data.formats.fields import kind
+from tune.data.formats.pair import Columns, Pair
 
 
-class Alpaca:
+@dataclass(frozen=True)
+class Alpaca(Pair):
     """Rows of Stanford Alpaca and its many descendants."""
 
-    name = "alpaca"
-    columns = ("instruction", "input", "output", "system")
-    needs = "instruction and output, both text"
+    name: ClassVar[str] = "alpaca"
+    needs: ClassVar[str] = "instruction and output, both text"
+    own: ClassVar[Columns] = Columns("instruction", "output", "input")
+    read: Columns = own
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that it knows."""
+        return (*super().columns, "instances")
 
     def matches(self, row: dict[str, Any]) -> bool:
         """Whether a row has this format's columns."""
-        return isinstance(row.get("instruction"), str) and isinstance(row.get("output"), str)
+        return super().matches(row) or (row.get(self.read.question) is not None and self._is_nested(row))
 
-    def parse(self, row: dict[str, Any]) -> Conversation:
-        """One user turn, with its input kept apart for the template, and one assistant turn.
+    def parse(self, row: dict[str, Any]) -> list[Conversation]:
+        """One conversation, or one for each of a row's `instances`.
 
         Raises:
             BadRowError: a column is missing, of the wrong type, or empty.
         """
-        system = optional_text(row, "system")
-        user = Message("user", required_text(row, "instruction"), input=optional_text(row, "input") or None)
-        answer = Message("assistant", required_text(row, "output"))
-        return checked([Message("system", system), user, answer])
+        if row.get(self.read.answer) is None and self._is_nested(row):
+            return self._parse_nested(row)
+        return super().parse(row)
+
+    def _is_nested(self, row: dict[str, Any]) -> bool:
+        instances = row.get("instances")
+        return isinstance(instances, list) and bool(instances)
+
+    def _parse_nested(self, row: dict[str, Any]) -> list[Conversation]:
+        parsed = []
+        for number, instance in enumerate(row["instances"], start=1):
+            try:
+                if not isinstance(instance, dict):
+                    raise BadRowError(f"is {kind(instance)}, not an object")
+                parsed += super().parse({**row, **instance})
+            except BadRowError as error:
+                raise BadRowError(f"instance {number}: {error}") from None
+        return parsed
