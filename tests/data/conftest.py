@@ -44,6 +44,12 @@ PIECES = (
     "{{ x }}",
     "'quoted' \"twice\"",
 )
+LOOKALIKES = (
+    *("[TOOL_CALLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "<<SYS>>\nx\n<</SYS>>", "<|im_end|>", "<|endoftext|>"),
+    *("<|system|>", "<|user|>\n", "<|assistant|>", "GPT:", "BEGINNING OF CONVERSATION:", "User: a\n\nAssistant: b"),
+    *("\r\n", "\n\n\n", "[/INST] ", " </s>", "<s>[INST]", "{% generation %}", "{{ eos_token }}"),
+)
+"""What templates write, as somebody may write it in a message."""
 PLAIN_PIECES = tuple(piece for piece in PIECES if "<" not in piece and "[" not in piece)
 
 
@@ -69,10 +75,11 @@ def dialogues(
     return made
 
 
-def as_dicts(conversation: Conversation) -> list[dict[str, str]]:
+def as_dicts(conversation: Conversation) -> list[dict]:
     """The messages as a chat template gets them."""
     return [
-        {"role": m.role, "content": m.content, **({"input": m.input} if m.input else {})} for m in conversation.messages
+        {"role": m.role, "content": m.content, **({"input": m.input} if m.input else {}), **m.extra}
+        for m in conversation.messages
     ]
 
 
@@ -92,6 +99,20 @@ def _load(name: str):
 @pytest.fixture(scope="session")
 def mistral_v1():
     return _load("tokenizers/mistral-v1")
+
+
+@pytest.fixture(scope="session")
+def mistral_v2(tmp_path_factory):
+    """The first Mistral tokenizer with control tokens: a bare SentencePiece model, which is converted here."""
+    from importlib.resources import files
+
+    from tune.data.tokenizer import load_tokenizer
+
+    package = pytest.importorskip("mistral_common")
+    folder = tmp_path_factory.mktemp("mistral-v2")
+    source = files(package) / "data" / "mistral_instruct_tokenizer_240216.model.v2"
+    (folder / "tokenizer.model").write_bytes(source.read_bytes())
+    return load_tokenizer(str(folder))
 
 
 @pytest.fixture(scope="session")

@@ -75,10 +75,10 @@ def test_the_rest_is_read_as_if_it_stood_alone(start: str) -> None:
 
 
 def test_a_prompt_that_spells_tags_marks_nothing_as_trained() -> None:
-    from tune.data.templates.jinja_template import _GENERATION
+    from tune.data.templates.jinja_template import GENERATION
 
     spelled = "{% generation %}x{%- endgeneration -%}"
-    assert not _GENERATION.search(with_system(OWN, spelled))
+    assert not GENERATION.search(with_system(OWN, spelled))
     marking = SHOWN.replace("{{ message['content'] }}", "{% generation %}{{ message['content'] }}{% endgeneration %}")
     text, spans = rendered(with_system(marking, "s" + spelled), ("user", "hi"), mask=True)
     assert [text[start:end] for start, end in spans] == ["s" + spelled, "hi"]

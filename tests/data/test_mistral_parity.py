@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.data.conftest import dialogues, fixture_path
+from tests.data.conftest import LOOKALIKES, PIECES, dialogues, fixture_path
 from tune.data.conversation import Conversation, Message
 from tune.data.encode import Encoder, encode_prompt
 from tune.data.templates.resolve import resolve_template
@@ -13,12 +13,17 @@ mistral_common = pytest.importorskip("mistral_common")
 
 
 def reference(version: int):
+    from importlib.resources import files
+
     from mistral_common.tokens.tokenizers.base import TokenizerVersion
-    from mistral_common.tokens.tokenizers.instruct import InstructTokenizerV1, InstructTokenizerV3
+    from mistral_common.tokens.tokenizers.instruct import InstructTokenizerV1, InstructTokenizerV2, InstructTokenizerV3
     from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
 
-    path = fixture_path(f"tokenizers/mistral-v{version}/tokenizer.model")
-    kind = {1: InstructTokenizerV1, 3: InstructTokenizerV3}[version]
+    if version == 2:
+        path = files(mistral_common) / "data" / "mistral_instruct_tokenizer_240216.model.v2"
+    else:
+        path = fixture_path(f"tokenizers/mistral-v{version}/tokenizer.model")
+    kind = {1: InstructTokenizerV1, 2: InstructTokenizerV2, 3: InstructTokenizerV3}[version]
     return kind(SentencePieceTokenizer(path, tokenizer_version=TokenizerVersion(f"v{version}")))
 
 
@@ -33,7 +38,12 @@ def reference_ids(instruct, conversation: Conversation) -> list[int]:
     return instruct.encode_instruct(normal).tokens
 
 
-CASES = [("mistral-v1", "mistral_v1", 1), ("mistral-v3", "mistral_v3", 3), ("mistral-v3", "metaspace_v3", 3)]
+CASES = [
+    ("mistral-v1", "mistral_v1", 1),
+    ("mistral-v2", "mistral_v2", 2),
+    ("mistral-v3", "mistral_v3", 3),
+    ("mistral-v3", "metaspace_v3", 3),
+]
 
 
 @pytest.mark.parametrize(("name", "fixture", "version"), CASES)
@@ -41,7 +51,7 @@ def test_ids_equal_mistral_common(name, fixture, version, request):
     tokenizer = request.getfixturevalue(fixture)
     instruct = reference(version)
     template = resolve_template(name, tokenizer)
-    conversations = dialogues(400, seed=version, inputs=True)
+    conversations = dialogues(500, pieces=(*PIECES, *LOOKALIKES), seed=version, inputs=True)
     encoded = Encoder(tokenizer).encode([template.segments(c) for c in conversations])
     for conversation, ours in zip(conversations, encoded, strict=True):
         assert ours.ids.tolist() == reference_ids(instruct, conversation), conversation

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-import json
+import copy
+from functools import lru_cache
+from pathlib import Path
 
 import pytest
 
-from tests.data.conftest import CHATML_OWN, PLAIN_PIECES, as_dicts, dialogues, fixture_path
+from tests.data.conftest import CHATML_OWN, LOOKALIKES, PIECES, PLAIN_PIECES, as_dicts, dialogues
 from tune.data.conversation import BadRowError, Conversation, Message
 from tune.data.encode import Encoder, encode_prompt
 from tune.data.templates import TEMPLATES, Segment
+from tune.data.templates.default_system import with_system
 from tune.data.templates.jinja_template import JinjaTemplate
 from tune.data.templates.resolve import resolve_template
 from tune.errors import DataError
 
 # Every template with every tokenizer that has its control tokens; a new template must find one here.
-TOKENIZERS = ("mistral_v1", "mistral_v3", "metaspace_v3", "chatml")
+TOKENIZERS = ("mistral_v1", "mistral_v2", "mistral_v3", "metaspace_v3", "chatml")
+HOSTILE = (*PIECES, *LOOKALIKES)
+
+
+EMPTIES = (
+    Conversation.of(("user", ""), ("assistant", "")),
+    Conversation.of(("system", ""), ("user", "a"), ("assistant", "")),
+    Conversation.of(("system", "s"), ("user", " "), ("assistant", "b"), ("user", "\n\n"), ("assistant", "  ")),
+)
+"""No format gives a template an empty turn, and none of them stumbles over one."""
 
 
 def bound(name: str, request) -> list:
@@ -28,6 +40,16 @@ def bound(name: str, request) -> list:
             continue
     assert found, f"no test tokenizer has the control tokens of {name}"
     return found
+
+
+@lru_cache(maxsize=8)
+def encoder(tokenizer) -> Encoder:
+    return Encoder(tokenizer)
+
+
+def prompt_ids(conversation: Conversation, template, tokenizer) -> list[int]:
+    segments = template.segments(conversation, generation_prompt=True)
+    return encoder(tokenizer).encode([segments])[0].ids.tolist()
 
 
 def rendered(template, tokenizer, conversation: Conversation, **options):
@@ -49,7 +71,7 @@ def trained_characters(segments: list[Segment]) -> list[bool]:
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_jinja_renders_what_the_segments_say_and_marks_what_they_train(name, request):
     for template, tokenizer in bound(name, request):
-        for conversation in dialogues(80, seed=1, inputs=True):
+        for conversation in [*dialogues(60, pieces=HOSTILE, seed=1, inputs=True), *EMPTIES]:
             segments = template.segments(conversation)
             text, spans = rendered(template, tokenizer, conversation)
             assert text == "".join(s.text for s in segments)
@@ -60,7 +82,7 @@ def test_jinja_renders_what_the_segments_say_and_marks_what_they_train(name, req
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_generation_prompt_is_where_the_answer_starts(name, request):
     for template, tokenizer in bound(name, request):
-        for conversation in dialogues(20, seed=2, inputs=True):
+        for conversation in dialogues(20, pieces=HOSTILE, seed=2, inputs=True):
             asked = Conversation(conversation.messages[:-1])
             prompt = "".join(s.text for s in template.segments(asked, generation_prompt=True))
             whole = "".join(s.text for s in template.segments(conversation))
@@ -75,7 +97,7 @@ def test_generation_prompt_is_where_the_answer_starts(name, request):
 def test_ids_are_what_the_tokenizer_makes_of_the_whole_prompt(name, request):
     for template, tokenizer in bound(name, request):
         conversations = dialogues(40, pieces=PLAIN_PIECES, seed=3, inputs=True)
-        encoded = Encoder(tokenizer).encode([template.segments(c) for c in conversations])
+        encoded = encoder(tokenizer).encode([template.segments(c) for c in conversations])
         for conversation, ours in zip(conversations, encoded, strict=True):
             text, _ = rendered(template, tokenizer, conversation)
             assert ours.ids.tolist() == tokenizer.encode(text, add_special_tokens=False)
@@ -86,22 +108,80 @@ def test_its_saved_jinja_form_trains_the_same_tokens(name, request):
     for template, tokenizer in bound(name, request):
         saved = JinjaTemplate("saved", template.jinja).bind(tokenizer)
         assert saved.end_of_turn == template.end_of_turn
-        conversations = dialogues(40, seed=4)
-        encoder = Encoder(tokenizer)
-        ours = encoder.encode([template.segments(c) for c in conversations])
-        theirs = encoder.encode([saved.segments(c) for c in conversations])
+        conversations = [*dialogues(40, pieces=HOSTILE, seed=4), *EMPTIES]
+        ours = encoder(tokenizer).encode([template.segments(c) for c in conversations])
+        theirs = encoder(tokenizer).encode([saved.segments(c) for c in conversations])
         assert ours == theirs
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_apply_chat_template_writes_the_ids_that_trained(name, request):
+    for template, tokenizer in bound(name, request):
+        jinja = with_system(template.jinja, "Be brief. \n")
+        conversations = dialogues(15, pieces=PLAIN_PIECES, seed=8)
+        trained = [conversation.with_system("Be brief. \n") for conversation in conversations]
+        encoded = encoder(tokenizer).encode([template.segments(c) for c in trained])
+        for conversation, ours in zip(conversations, encoded, strict=True):
+            options = {"chat_template": jinja, "tokenize": True, "return_dict": False}
+            assert list(tokenizer.apply_chat_template(as_dicts(conversation), **options)) == ours.ids.tolist()
+            asked = Conversation(conversation.messages[:-1])
+            theirs = tokenizer.apply_chat_template(as_dicts(asked), add_generation_prompt=True, **options)
+            assert list(theirs) == prompt_ids(asked.with_system("Be brief. \n"), template, tokenizer)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_tokens_of_a_prompt_are_those_before_the_answer_that_trained(name, request):
+    for template, tokenizer in bound(name, request):
+        # An answer that begins with a letter: white space may merge with what stands before it.
+        prompts = [conversation.messages[:-1] for conversation in dialogues(30, pieces=HOSTILE, seed=10)]
+        wholes = [Conversation((*asked, Message("assistant", "Well, [INST]"))) for asked in prompts]
+        every = encoder(tokenizer).encode([template.segments(whole) for whole in wholes])
+        for asked, encoded in zip(prompts, every, strict=True):
+            prompt = prompt_ids(Conversation(asked), template, tokenizer)
+            assert encoded.ids[: len(prompt)].tolist() == prompt
+            assert not encoded.trained[len(prompt) - 1]
+            assert encoded.trained[len(prompt)]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_every_answer_ends_in_a_trained_control_token(name, request):
+    for template, tokenizer in bound(name, request):
+        end = tokenizer.convert_tokens_to_ids(template.end_of_turn)
+        conversations = dialogues(20, pieces=HOSTILE, seed=11)
+        every = encoder(tokenizer).encode([template.segments(c) for c in conversations])
+        for conversation, encoded in zip(conversations, every, strict=True):
+            answers = sum(m.role == "assistant" for m in conversation.messages)
+            ends = [t for id, t in zip(encoded.ids, encoded.trained, strict=True) if id == end]
+            assert sum(ends) == answers
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_all_that_was_said_is_written(name):
+    template = TEMPLATES[name]
+    for conversation in dialogues(40, pieces=HOSTILE, seed=12, inputs=True):
+        written = "".join("".join(s.text for s in template.segments(conversation)).split())
+        for message in conversation.messages:
+            assert "".join(message.content.split()) in written
+            assert "".join((message.input or "").split()) in written
+
+
+def test_the_templates_are_those_that_a_recipe_may_name():
+    from tune.recipe.fields import TEMPLATES as NAMES
+
+    assert {*TEMPLATES, "auto", "tokenizer"} == set(NAMES)
+    assert all(template.name == name for name, template in TEMPLATES.items())
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_no_text_becomes_a_control_token(name, request):
     for template, tokenizer in bound(name, request):
         special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-        spelled = " ".join(t.content for t in list(tokenizer.added_tokens_decoder.values())[:8])
+        spelled = " ".join(t.content for t in list(tokenizer.added_tokens_decoder.values())[:10])
         plain = Conversation.of(("user", "hello"), ("assistant", "there"))
         attack = Conversation.of(("user", spelled), ("assistant", spelled))
-        encoder = Encoder(tokenizer)
-        harmless, attacked = (e.ids for e in encoder.encode([template.segments(plain), template.segments(attack)]))
+        harmless, attacked = (
+            e.ids for e in encoder(tokenizer).encode([template.segments(plain), template.segments(attack)])
+        )
         assert [i for i in attacked if i in special] == [i for i in harmless if i in special]
 
 
@@ -138,33 +218,7 @@ def test_alpaca_is_stanfords_to_the_character():
     )
 
 
-def golden(name: str) -> tuple[Conversation, str]:
-    case = json.loads(fixture_path("goldens/fastchat_prompts.json").read_text())[name]
-    messages = []
-    for question, answer in case["turns"]:
-        messages.append(Message("user", question))
-        if answer is not None:
-            messages.append(Message("assistant", answer))
-    return Conversation(tuple(messages)), case["prompt"]
-
-
-@pytest.mark.parametrize("case", ["vicuna_v1.1/single", "vicuna_v1.1/multi"])
-def test_vicuna_equals_fastchat(case):
-    conversation, prompt = golden(case)
-    segments = TEMPLATES["vicuna"].segments(conversation, generation_prompt=True)
-    assert "".join(s.text for s in segments) == f"<s>{prompt}"
-
-
-@pytest.mark.parametrize("case", ["alpaca/single", "alpaca/multi"])
-def test_alpaca_differs_from_fastchats_only_as_documented(case):
-    conversation, prompt = golden(case)
-    ours = "".join(s.text for s in TEMPLATES["alpaca"].segments(conversation, generation_prompt=True))
-    stanford = prompt.replace("### Instruction: ", "### Instruction:\n").replace("### Response: ", "### Response:")
-    assert ours == f"<s>{stanford}"
-    assert ours != f"<s>{prompt}"
-
-
-@pytest.mark.parametrize("name", ["alpaca", "vicuna", "mistral-v1", "mistral-v3"])
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "chatml"])
 @pytest.mark.parametrize("roles", ["uu", "au", "a", "uat", "usa", "suu"])
 def test_turns_out_of_order_are_a_bad_row(name, roles):
     kinds = {"u": "user", "a": "assistant", "s": "system", "t": "tool"}
@@ -173,10 +227,10 @@ def test_turns_out_of_order_are_a_bad_row(name, roles):
         TEMPLATES[name].segments(conversation)
 
 
-@pytest.mark.parametrize("name", ["alpaca", "vicuna"])
+@pytest.mark.parametrize(
+    "name", [name for name in TEMPLATES if not getattr(TEMPLATES[name], "always_bos", False) and name != "chatml"]
+)
 def test_bos_is_written_where_the_tokenizer_writes_it(name, mistral_v1, chatml):
-    import copy
-
     conversation = Conversation.of(("user", "a"), ("assistant", "b"))
     assert resolve_template(name, mistral_v1).segments(conversation)[0] == Segment("<s>", control=True)
     # Some tokenizers name a token that none of their texts begins with.
@@ -217,19 +271,17 @@ def test_resolving_names(mistral_v1, chatml, tmp_path):
 
 def test_own_chat_template_equals_apply_chat_template(chatml):
     template = resolve_template("tokenizer", chatml)
-    encoder = Encoder(chatml)
     for conversation in dialogues(80, pieces=PLAIN_PIECES, seed=5):
         expected = chatml.apply_chat_template(as_dicts(conversation), tokenize=True, return_dict=False)
-        ours = encoder.encode([template.segments(conversation)])[0]
+        ours = encoder(chatml).encode([template.segments(conversation)])[0]
         assert ours.ids.tolist() == list(expected)
 
 
 def test_own_chat_template_found_by_prefixes_equals_the_written_one(chatml):
     own, written = resolve_template("tokenizer", chatml), resolve_template("chatml", chatml)
     assert own.end_of_turn == "<|im_end|>"
-    encoder = Encoder(chatml)
     for conversation in dialogues(80, seed=6):
-        one, other = encoder.encode([own.segments(conversation), written.segments(conversation)])
+        one, other = encoder(chatml).encode([own.segments(conversation), written.segments(conversation)])
         assert one == other
         asked = conversation.messages[:-1]
         assert encode_prompt(asked, own, chatml) == encode_prompt(asked, written, chatml)
@@ -243,18 +295,15 @@ def test_the_end_of_turn_is_trained_and_the_newline_after_it_is_not(chatml):
 
 
 def test_special_tokens_that_swallow_white_space_are_followed(chatml):
-    import copy
-
     from tokenizers import AddedToken
 
     tokenizer = copy.deepcopy(chatml)
     tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<|e|>", rstrip=True, lstrip=True)]})
     tokenizer.chat_template = CHATML_OWN.replace("<|im_end|>", "<|e|>")
     template = resolve_template("tokenizer", tokenizer)
-    encoder = Encoder(tokenizer)
     for conversation in dialogues(30, pieces=PLAIN_PIECES, seed=7):
         expected = tokenizer.apply_chat_template(as_dicts(conversation), tokenize=True, return_dict=False)
-        assert encoder.encode([template.segments(conversation)])[0].ids.tolist() == list(expected)
+        assert encoder(tokenizer).encode([template.segments(conversation)])[0].ids.tolist() == list(expected)
 
 
 def test_a_template_that_rewrites_history_is_refused_by_name(chatml):
@@ -279,8 +328,6 @@ def test_what_a_template_refuses_is_a_bad_row(chatml):
 
 
 def test_a_control_token_that_is_not_special_cannot_be_spelled(chatml):
-    import copy
-
     from tokenizers import AddedToken
 
     tokenizer = copy.deepcopy(chatml)
@@ -290,8 +337,18 @@ def test_a_control_token_that_is_not_special_cannot_be_spelled(chatml):
     ).bind(tokenizer)
     good = template.segments(Conversation.of(("user", "a"), ("assistant", "b")))
     bad = template.segments(Conversation.of(("user", "a <|turn|> b"), ("assistant", "b")))
-    first, second = Encoder(tokenizer).encode([good, bad])
+    first, second = encoder(tokenizer).encode([good, bad])
     turn = tokenizer.convert_tokens_to_ids("<|turn|>")
     assert first.ids.tolist().count(turn) == 2
     assert isinstance(second, BadRowError)
     assert "'<|turn|>'" in str(second)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_page_shows_what_it_writes(name):
+    turns = (("user", "Hi"), ("assistant", "Hello."), ("user", "Bye"), ("assistant", "See you."))
+    text = "".join(s.text for s in TEMPLATES[name].segments(Conversation.of(*turns)))
+    page = (Path(__file__).resolve().parents[2] / "docs" / "templates.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| `") and f"`{name}`" in line.split(" | ")[0]]
+    assert any("`" + text.replace("\n", "⏎").replace("|", "\\|") + "`" in row for row in rows)
+    assert len(rows) == 2

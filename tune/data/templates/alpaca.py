@@ -10,10 +10,11 @@ end-of-sequence token: that is how Alpaca itself was trained. Alpaca has one tur
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from tune.data.conversation import Conversation, Message
+from tune.data.conversation import Message
 from tune.data.templates.segment import Segment
-from tune.data.templates.written import ALTERNATION, WrittenTemplate, check_alternation, opened
+from tune.data.templates.written import ALTERNATION, AlternatingTemplate
 
 _WITHOUT_INPUT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -47,24 +48,19 @@ BOS
     {%- endif -%}
 {%- endfor -%}
 """
-_JINJA = ALTERNATION + _TURNS.replace("WITH_INPUT", _WITH_INPUT).replace("WITHOUT_INPUT", _WITHOUT_INPUT)
 
 
 @dataclass(frozen=True)
-class Alpaca(WrittenTemplate):
+class Alpaca(AlternatingTemplate):
     """Stanford Alpaca's two prompts."""
 
     name: str = "alpaca"
+    source: ClassVar[str] = ALTERNATION + _TURNS.replace("WITH_INPUT", _WITH_INPUT).replace(
+        "WITHOUT_INPUT", _WITHOUT_INPUT
+    )
 
-    @property
-    def jinja(self) -> str:
-        """The jinja form for the bound tokenizer."""
-        return self.rendering(_JINJA)
-
-    def segments(self, conversation: Conversation, *, generation_prompt: bool = False) -> list[Segment]:
-        """The conversation in segments. Raises BadRowError when the turns do not alternate."""
-        system, turns = opened(conversation)
-        check_alternation(turns, self.name, generation_prompt=generation_prompt)
+    def written(self, system: str | None, turns: tuple[Message, ...]) -> list[Segment]:
+        """A preamble, then every turn under its heading."""
         segments = self.opening()
         for number, message in enumerate(turns):
             if message.role == "assistant":

@@ -7,10 +7,11 @@ belongs to the frame, not to the answer: a model that stops at `<|im_end|>` neve
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from tune.data.conversation import Conversation
 from tune.data.templates.segment import Segment
-from tune.data.templates.written import WrittenTemplate
+from tune.data.templates.written import WrittenTemplate, refuse_tools
 
 _JINJA = """\
 {%- for message in messages -%}
@@ -37,7 +38,7 @@ class ChatML(WrittenTemplate):
     """`<|im_start|>role`, a newline, the content, `<|im_end|>`, a newline."""
 
     name: str = "chatml"
-    jinja: str = _JINJA
+    source: ClassVar[str] = _JINJA
 
     @property
     def end_of_turn(self) -> str | None:
@@ -49,7 +50,8 @@ class ChatML(WrittenTemplate):
         return ["<|im_start|>", "<|im_end|>"]
 
     def segments(self, conversation: Conversation, *, generation_prompt: bool = False) -> list[Segment]:
-        """The conversation in segments."""
+        """The conversation in segments. Raises BadRowError when it has tools."""
+        refuse_tools(conversation, self.name)
         segments: list[Segment] = []
         for message in conversation.messages:
             trained = message.role == "assistant" and message.trained

@@ -5,13 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tune.data.conversation import BadRowError, Message
+from tune.data.encode import encode_prompt
 from tune.data.templates import TEMPLATES
-from tune.data.templates.jinja_template import JinjaTemplate
+from tune.data.templates.jinja_template import GENERATION, JinjaTemplate
 from tune.data.templates.segment import Template
 from tune.errors import DataError, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+_PROBE = (Message("user", "One?"), Message("assistant", "Two."), Message("user", "Three?"))
 
 
 def resolve_template(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
@@ -49,6 +54,29 @@ def resolve_template(name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
     return template
 
 
+def warns_of_other_template(template: Template, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A warning when the tokenizer brings a chat template that writes conversations otherwise than `template` does.
+
+    A base with a chat template was most likely tuned with it. Prompts in another form throw part of that away, and
+    whoever serves the base's own template with the adapter sends it prompts that it never saw. Compared are the tokens
+    of a prompt with an answer in it, up to where the next one starts.
+    """
+    own = _own(tokenizer)
+    if own is None or own == template.jinja:
+        return None
+    theirs = JinjaTemplate("tokenizer", own).bind(tokenizer)
+    try:
+        if encode_prompt(_PROBE, theirs, tokenizer) == encode_prompt(_PROBE, template, tokenizer):
+            return None
+    except BadRowError:  # one of them needs more than plain turns, so there is nothing to compare
+        return None
+    return (
+        f"template {template.name} writes prompts otherwise than the chat template that the tokenizer brings. A base "
+        "that was tuned with its own template learns best from that one: set data.template: tokenizer, unless you mean "
+        "to train another."
+    )
+
+
 def _own(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """The tokenizer's default chat template; a tokenizer may have several by name."""
     chat_template = tokenizer.chat_template
@@ -65,8 +93,8 @@ def _read(name: str) -> str:
         names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(f"template {name}: there is no such file.{did_you_mean(path.name, names)}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"template {name}: cannot be read as text ({error}).") from None
-    if "generation" not in text:
+        raise DataError(f"template {name}: cannot be read as text ({error}). Give the path of a text file.") from None
+    if not GENERATION.search(text):
         raise DataError(
             f"template {name}: has no {{% generation %}} blocks, so nothing says what is trained. "
             "Put {% generation %} … {% endgeneration %} around the answer and its end token."

@@ -33,11 +33,14 @@ class Template(Protocol):
     def end_of_turn(self) -> str | None:
         """The control token that ends an answer, at which generation stops; None when it is not known."""
 
+    def control_tokens(self) -> list[str]:
+        """The control tokens that the tokenizer must have; none are known of a template in jinja."""
+
     def segments(self, conversation: Conversation, *, generation_prompt: bool = False) -> list[Segment]:
         """The conversation in segments; with `generation_prompt`, up to where the next answer starts.
 
         Raises:
-            BadRowError: the template cannot express these turns in this order.
+            BadRowError: the template cannot express these turns in this order, or their tools.
         """
 
     def bind(self, tokenizer: PreTrainedTokenizerBase) -> Template:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from tune.data.conversation import Conversation
+from tune.data.conversation import Message
 from tune.data.templates.segment import Segment
-from tune.data.templates.written import ALTERNATION, WrittenTemplate, check_alternation, opened
+from tune.data.templates.written import ALTERNATION, INPUT, AlternatingTemplate
 
 _SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 
-_JINJA = (
+SPOKEN = (
     ALTERNATION
     + """\
 BOS
@@ -21,37 +22,33 @@ BOS
 {%- for message in turns -%}
     {%- if message['role'] == 'user' -%}
         {{- 'USER: ' + message['content'] -}}
-        {%- if message['input'] -%}
-            {{- '\\n\\n' + message['input'] -}}
-        {%- endif -%}
+"""
+    + INPUT
+    + """\
         {{- ' ASSISTANT:' -}}
     {%- else -%}
         {%- generation -%}{{- ' ' + message['content'] + eos_token -}}{%- endgeneration -%}
     {%- endif -%}
 {%- endfor -%}
 """
-).replace("SYSTEM", _SYSTEM, 1)
+)
 
 
 @dataclass(frozen=True)
-class Vicuna(WrittenTemplate):
+class Vicuna(AlternatingTemplate):
     """Vicuna v1.1; the answer's leading space is trained with it."""
 
     name: str = "vicuna"
+    source: ClassVar[str] = SPOKEN.replace("SYSTEM", _SYSTEM, 1)
+    default_system: ClassVar[str] = _SYSTEM
+    answerer: ClassVar[str] = "ASSISTANT"
 
-    @property
-    def jinja(self) -> str:
-        """The jinja form for the bound tokenizer."""
-        return self.rendering(_JINJA)
-
-    def segments(self, conversation: Conversation, *, generation_prompt: bool = False) -> list[Segment]:
-        """The conversation in segments. Raises BadRowError when the turns do not alternate."""
-        system, turns = opened(conversation)
-        check_alternation(turns, self.name, generation_prompt=generation_prompt)
-        segments = [*self.opening(), Segment(f"{_SYSTEM if system is None else system} ")]
+    def written(self, system: str | None, turns: tuple[Message, ...]) -> list[Segment]:
+        """The system prompt, then every turn behind its speaker."""
+        segments = [*self.opening(), Segment(f"{self.default_system if system is None else system} ")]
         for message in turns:
             if message.role == "user":
-                segments.append(Segment(f"USER: {message.text} ASSISTANT:"))
+                segments.append(Segment(f"USER: {message.text} {self.answerer}:"))
             else:
                 segments += [Segment(f" {message.content}", message.trained), self.closing(message)]
         return segments
