@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,17 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.distributed.ranks import finish, free_port, start
 from tests.training.jobs import tiny_recipe, write_rows
-from tests.training.processes import fork, wait
 from tune.cli.main import _run
 from tune.run import train
 from tune.training import trainer
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def relative(ours: torch.Tensor, reference: torch.Tensor) -> float:
@@ -33,27 +26,8 @@ def relative(ours: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def launch(arguments: list[str], count: int, log: Path) -> list[int]:
-    """Fork `count` ranks as accelerate's launcher would start them, and return their exit codes."""
-    port = free_port()
-
-    def rank(number: int) -> int:
-        from accelerate.state import AcceleratorState, GradientState, PartialState
-
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
-        os.environ |= {
-            "RANK": str(number),
-            "LOCAL_RANK": str(number),
-            "WORLD_SIZE": str(count),
-            "LOCAL_WORLD_SIZE": str(count),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "ACCELERATE_USE_CPU": "true",
-        }
-        return _run(arguments)
-
-    children = [fork(lambda n=n: rank(n), log.with_suffix(f".{n}")) for n in range(count)]  # type: ignore[misc]
-    return [wait(child) for child in children]
+    """Run `tune` with these arguments in `count` ranks, and return their exit codes."""
+    return finish(start(lambda _: _run(arguments), count, log))
 
 
 def compare(one: Path, two: Path) -> None:

@@ -21,7 +21,8 @@ from tune.models import experts as experts_file
 from tune.models import nf4_quantizer
 from tune.models.catalog import FAMILIES
 from tune.models.experts import STACKS, NF4Experts, expert_modules, holds, pack, weights_of
-from tune.models.load import LoadedBase, keeps_examples_apart, load_base, outline_base
+from tune.models.isolation import keeps_examples_apart
+from tune.models.load import LoadedBase, load_base, outline_base
 from tune.models.mapped import MappedFiles
 from tune.recipe import schema
 

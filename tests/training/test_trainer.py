@@ -56,11 +56,11 @@ def test_the_best_adapter_by_held_out_loss_is_the_result_and_the_last_stays(tmp_
     assert last.adapter_step == 40
     assert last.loss_after == losses[40]
 
-    patient = train(tiny_recipe(tmp_path, output=tmp_path / "patient", train__patience=2, **changes))
+    patient = train(tiny_recipe(tmp_path, output=tmp_path / "patient", train__patience=1, **changes))
     worse, lowest, stop = 0, float("inf"), 0
     for number in sorted(losses):
         worse, lowest = (0, losses[number]) if losses[number] < lowest else (worse + 1, lowest)
-        if worse == 2:
+        if worse == 1:
             stop = number
             break
     assert 0 < stop < 40

@@ -2,7 +2,9 @@
 
 On a CPU, oneDNN compiles a kernel for every shape of a bf16 product and keeps it: 0.65 MB each, up to 16 products for
 one number of rows, and the rows of an expert are another number in every step. There the number is rounded up to one
-of few sizes. Padding needs no room of its own: it reaches into the slots of the experts that follow, whose rows are
+of few sizes. In float32 a CPU computes products of a few rows in another way, which rounds them differently: there an
+expert gets no fewer rows than `least`, so that what a token becomes does not depend on how many others chose its
+expert. Padding needs no room of its own: it reaches into the slots of the experts that follow, whose rows are
 as good as any and which write theirs later; only behind the last slot is the table lengthened. What makes padding
 harmless is that nobody reads its outputs and that its rows weigh nothing in the backward.
 
@@ -25,18 +27,26 @@ def pads(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype == torch.bfloat16
 
 
+def least(x: Tensor) -> int:
+    """How many rows a product in x's dtype on x's device needs, at least, to round each as it does among many.
+
+    MKL's products of float32 need four rows with one thread and twelve with two.
+    """
+    return 32 if x.device.type == "cpu" and x.dtype == torch.float32 else 1
+
+
 def rounded(count: int) -> int:
     """Round a number of rows up to one of few sizes: multiples of 32, from 512 on eight sizes to a power of two."""
     step = max(32, (1 << count.bit_length()) >> 4)
     return -(-count // step) * step
 
 
-def parts(counts: Sequence[int], padded: bool) -> list[Part]:
-    """Return the experts that have slots, in order."""
+def parts(counts: Sequence[int], padded: bool, fewest: int = 1) -> list[Part]:
+    """Return the experts that have slots, in order; each has at least `fewest` rows, or a rounded number."""
     found, start = [], 0
     for expert, count in enumerate(counts):
         if count:
-            found.append((expert, count, slice(start, start + (rounded(count) if padded else count))))
+            found.append((expert, count, slice(start, start + (rounded(count) if padded else max(count, fewest)))))
         start += count
     return found
 

@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag, silu
 
 from tune.kernels.expert_projection import Projection, dropout_mask, lora_a, lora_b
-from tune.kernels.expert_slots import inverse, lengthened, pads, parts
+from tune.kernels.expert_slots import inverse, least, lengthened, pads, parts
 from tune.kernels.nf4_stack import Stack
 
 
@@ -163,7 +163,7 @@ def _experts_op(
     stacks = Stack(gate_up_tensors, gate_up_blocks, gate_up_dtype), Stack(down_tensors, down_blocks, down_dtype)
     layer = _Layer(stacks, sizes[0], sizes[1], counts, scaling, dropout, sizes[2])
     gate_up, down = layer.projections(x_TH, lora)
-    (tokens, chosen), inner, filled = weights_TK.shape, layer.intermediate, parts(layer.counts, pads(x_TH))
+    (tokens, chosen), inner, filled = weights_TK.shape, layer.intermediate, parts(layer.counts, pads(x_TH), least(x_TH))
     token_S = lengthened(order_S // chosen, filled)
     z_SZ = x_TH.new_empty(
         len(token_S) if keep else max((part.stop - part.start for _, _, part in filled), default=0), 2 * inner
@@ -261,7 +261,7 @@ class _Experts(torch.autograd.Function):
         gate_up.want_gradients(*want_lora[:2])
         down.want_gradients(*want_lora[2:])
         order_S = index_TK.reshape(-1).argsort(stable=True)
-        filled = parts(layer.counts, pads(x_TH))
+        filled = parts(layer.counts, pads(x_TH), least(x_TH))
         token_S = lengthened(order_S // index_TK.shape[1], filled)
         weight_S1 = weights_TK.reshape(-1, 1)[order_S].float()
         dx_SH = x_TH.new_empty(len(token_S), x_TH.shape[1]) if want_x else None
