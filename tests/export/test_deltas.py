@@ -87,7 +87,7 @@ def test_a_delta_of_a_16_bit_adapter_is_computed_in_float32(tmp_path: Path) -> N
         ({"bias": "lora_only"}, "bias"),
         ({"bias": "all"}, "bias"),
         ({"lora_bias": True}, "lora_bias"),
-        ({"trainable_token_indices": [3]}, "trainable_token_indices"),
+        ({"trainable_token_indices": [3]}, "no rows for the 1 tokens that trainable_token_indices"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"layer_replication": [[0, 1], [0, 1]]}, "layer_replication"),
         ({"peft_type": "IA3"}, "IA3"),

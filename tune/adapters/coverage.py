@@ -7,7 +7,7 @@ recipe's claim, and training does not start when they differ.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tune.adapters.expert_lora import plain_name
 from tune.adapters.lora import IN_FULL, linears
 from tune.adapters.router import routers
+from tune.adapters.token_rows import trained_wrappers, unwrapped
 from tune.errors import ModelError
 from tune.models.experts import STACKS, NF4Experts, expert_modules
 
@@ -38,6 +39,24 @@ class Kind:
 
 
 @dataclass(frozen=True, slots=True)
+class TrainedRows:
+    """Rows of the embedding and the output head that train whole."""
+
+    tokens: tuple[int, ...]
+    modules: tuple[str, ...]
+    """Whose rows: of both, or of the embedding where the head is tied to it."""
+    tied: tuple[str, ...]
+    """What uses the same rows."""
+    parameters: int
+
+    @property
+    def line(self) -> str:
+        """The literal line of the table."""
+        tied = f", tied to {' and '.join(self.tied)}" if self.tied else ""
+        return f"trained rows {len(self.tokens)} of {' and '.join(self.modules)}{tied}"
+
+
+@dataclass(frozen=True, slots=True)
 class Coverage:
     """The start-up table."""
 
@@ -49,6 +68,8 @@ class Coverage:
     frozen_bytes: int
     """Everything frozen: the layers above, embeddings, norms and the output head."""
     adapter_parameters: int
+    trained_rows: TrainedRows | None = None
+    """Of tokens that were added."""
 
     @property
     def lines(self) -> tuple[str, ...]:
@@ -60,7 +81,8 @@ class Coverage:
             stored = sum(kind.quantized for kind in kinds) if self.storage == "nf4" else total
             if kinds:
                 counted.append(f"{words} {stored}/{total} {self.storage}")
-        return (*counted, f"adapted {sum(kind.adapted for kind in self.kinds)}/{self.claimed}")
+        counted.append(f"adapted {sum(kind.adapted for kind in self.kinds)}/{self.claimed}")
+        return (*counted, self.trained_rows.line) if self.trained_rows is not None else tuple(counted)
 
     def to_json(self) -> dict[str, Any]:
         """The content of coverage.json."""
@@ -133,13 +155,16 @@ class _Inventory:
         return bool(layer.lora_A[adapter].weight.requires_grad and layer.lora_B[adapter].weight.requires_grad)
 
 
-def check_coverage(model: nn.Module, claimed: Mapping[str, int], quantization: str) -> Coverage:
+def check_coverage(
+    model: nn.Module, claimed: Mapping[str, int], quantization: str, added: Sequence[int] = ()
+) -> Coverage:
     """Count what `model` (after injection) quantises and adapts, and refuse what falls short of the recipe.
 
     Args:
         model: the base with the adapter injected in place.
         claimed: the rank of everything that the recipe adapts, by name, as `resolve_targets` returns it.
         quantization: the recipe's `model.quantization`.
+        added: the tokens whose rows of embedding and head train.
 
     Raises:
         ModelError: a linear layer or a layer's experts are not 4-bit though the recipe says nf4, or something claimed
@@ -169,7 +194,29 @@ def check_coverage(model: nn.Module, claimed: Mapping[str, int], quantization: s
         claimed=sum(_count(inventory, name) for name in _units(claimed)),
         frozen_bytes=_stored_bytes(module for name, module in model.named_modules() if not _inside_adapter(name)),
         adapter_parameters=_trained(model),
+        trained_rows=_trained_rows(model, added),
     )
+
+
+def _trained_rows(model: Any, added: Sequence[int]) -> TrainedRows | None:
+    """The rows that train, checked to be those of the added tokens in both embedding and output head."""
+    layers = {name: wrapper.token_adapter for name, wrapper in trained_wrappers(model).items()}
+    if not added and not layers:
+        return None
+    wanted = {id(unwrapped(model.get_input_embeddings())), id(unwrapped(model.get_output_embeddings()))}
+    training = {
+        id(layer.base_layer)
+        for layer in layers.values()
+        if sorted(layer.token_indices[layer.active_adapters[0]]) == sorted(added)
+        and layer.trainable_tokens_delta[layer.active_adapters[0]].requires_grad
+    }
+    if training != wanted:
+        names = [plain_name(name) for name, module in model.named_modules() if id(module) in wanted - training]
+        raise ModelError(_shortfall("data.add_tokens", "matrices do not train the rows of added tokens", names))
+    own = [name.rpartition(".")[2] for name, layer in layers.items() if layer.tied_adapter is None]
+    tied = [name.rpartition(".")[2] for name, layer in layers.items() if layer.tied_adapter is not None]
+    parameters = sum(_trained(layer) for layer in layers.values() if layer.tied_adapter is None)
+    return TrainedRows(tuple(sorted(added)), tuple(own), tuple(tied), parameters)
 
 
 def _kinds(inventory: _Inventory, claimed: Mapping[str, int], unquantized: set[str]) -> Iterator[Kind]:
@@ -233,7 +280,7 @@ def _left_whole(model: nn.Module, inventory: _Inventory) -> Iterator[str]:
     Embeddings, the output head and routers stay in 16 bit by design.
     """
     get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if get_head is not None else None
+    head = unwrapped(get_head()) if get_head is not None else None
     routers = {id(module) for router in inventory.routers.values() for module in router.modules()}
     for name, module in model.named_modules():
         packed = plain_name(name) in inventory.layers or plain_name(name) in inventory.experts
@@ -243,7 +290,7 @@ def _left_whole(model: nn.Module, inventory: _Inventory) -> Iterator[str]:
 
 
 def _inside_adapter(name: str) -> bool:
-    return ".lora_" in name
+    return ".lora_" in name or ".trainable_tokens_" in name
 
 
 def _trained(module: nn.Module) -> int:

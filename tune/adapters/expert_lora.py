@@ -150,7 +150,7 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Module]:
 
 def plain_name(name: str) -> str:
     """Return the name that a module had before PEFT wrapped it."""
-    return name.replace(".base_layer", "").replace(".original_module", "")
+    return name.replace(".token_adapter", "").replace(".base_layer", "").replace(".original_module", "")
 
 
 def keep_activations(model: nn.Module, keep: Literal["inputs", "activations"]) -> None:

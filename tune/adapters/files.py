@@ -40,19 +40,35 @@ def read_files(folder: Path) -> AdapterFiles:
     Raises:
         ModelError: the folder is no adapter, holds a pickle, or is damaged.
     """
-    config_path, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    if not config_path.is_file():
-        raise ModelError(f"{folder}: holds no adapter_config.json, so it is not a PEFT adapter. Give a folder that is.")
+    config, weights = read_config_of(folder), folder / "adapter_model.safetensors"
     if not weights.is_file():
         pickled = (folder / "adapter_model.bin").exists()
         remedy = "The pickled one it holds is never read: save it as safetensors." if pickled else "Copy it again."
         raise ModelError(f"{folder}: holds no adapter_model.safetensors. {remedy}")
     try:
-        config = dict(json.loads(config_path.read_text(encoding="utf-8")))
         tensors = load_file(os.fspath(weights))
-    except (ValueError, TypeError, OSError, SafetensorError) as error:
-        raise ModelError(f"{folder}: the adapter cannot be read ({error}). The copy may be incomplete.") from error
+    except (ValueError, OSError, SafetensorError) as error:
+        raise ModelError(_unreadable(folder, error)) from error
     return AdapterFiles(folder, config, tensors)
+
+
+def read_config_of(folder: Path) -> dict[str, Any]:
+    """Return the adapter_config.json of a PEFT folder.
+
+    Raises:
+        ModelError: there is none, or it is damaged.
+    """
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        raise ModelError(f"{folder}: holds no adapter_config.json, so it is not a PEFT adapter. Give a folder that is.")
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, OSError) as error:
+        raise ModelError(_unreadable(folder, error)) from error
+
+
+def _unreadable(folder: Path, error: Exception) -> str:
+    return f"{folder}: the adapter cannot be read ({error}). The copy may be incomplete."
 
 
 def declared_rank(config: dict[str, Any], name: str) -> int:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from tune.adapters import expert_lora, router
+from tune.adapters import expert_lora, router, token_rows
 from tune.adapters.files import declared_rank
 from tune.adapters.layout import read_as_stock
 from tune.errors import ModelError, did_you_mean
@@ -79,7 +79,7 @@ class NF4LoraLinear(PeftLinear4bit):  # type: ignore[misc]
 def linears(model: nn.Module) -> dict[str, nn.Module]:
     """Return the linear layers of a base by name, without its output head, which stays frozen and in 16 bit."""
     get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if get_head is not None else None
+    head = token_rows.unwrapped(get_head()) if get_head is not None else None
     return {
         name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
     }
@@ -163,12 +163,18 @@ def _check_routers(
 
 
 def attach(
-    base: LoadedBase, section: schema.Adapter, base_name: str, seed: int, router_section: schema.Router | None = None
+    base: LoadedBase,
+    section: schema.Adapter,
+    base_name: str,
+    seed: int,
+    router_section: schema.Router | None = None,
+    added: Sequence[int] = (),
 ) -> PeftModel:
     """Inject LoRA into `base.model` (in place) and initialise it; only the adapter requires gradients.
 
     The start is a function of the seed and each module's name alone, drawn in float32: the storage of the base,
-    the order of injection and the device do not change it. A router that trains in full starts as it is.
+    the order of injection and the device do not change it. A router that trains in full starts as it is, and so do
+    the rows of the tokens `added`, which `grow_vocabulary` has made.
     """
     claimed = resolve_targets(section, base, base_name, router_section)
     ranks = {name: rank for name, rank in claimed.items() if rank != IN_FULL}
@@ -185,6 +191,7 @@ def attach(
         target_modules=_shortest_suffixes([name for name in ranks if name in modules], everything, parts=1),
         target_parameters=_shortest_suffixes(bare, everything, parts=2) or None,
         modules_to_save=_shortest_suffixes(in_full, everything, parts=2) or None,
+        trainable_token_indices=token_rows.targets(base.model, added),
         rank_pattern={name: rank for name, rank in ranks.items() if rank != section.rank},
         init_lora_weights=False,
         base_model_name_or_path=base_name,
@@ -196,6 +203,7 @@ def attach(
         model = get_peft_model(base.model, config, adapter_name=ADAPTER)
     config.init_lora_weights = True
     router.train_in_full(base.model, ADAPTER)
+    token_rows.train_rows(base.model, ADAPTER)
     if bare or in_full:
         for module in base.model.modules():
             if isinstance(module, NF4LoraLinear):
@@ -298,6 +306,7 @@ def read_adapter(folder: Path, model: PeftModel) -> None:
             f"{folder}: holds modules that were trained whole ({', '.join(sorted(config['modules_to_save']))}), which "
             "the recipe does not train so. A router's is continued with router.train: full."
         )
+    token_rows.check_same(folder, config, ours.trainable_token_indices)
     wanted = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
     missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     wrong = sorted(name for name in wanted.keys() & state.keys() if wanted[name].shape != state[name].shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from tune.errors import ModelError
@@ -28,6 +29,7 @@ def find_start(source: str) -> Path:
                 raise ModelError(f"adapter.start_from: {source} on the Hub holds no {name}, so it is not an adapter.")
         config = found["adapter_config.json"]
         assert config is not None
+        fetch(source, "tokenizer.json", key="adapter.start_from")  # says what its added tokens are, if it has some
         return config.parent
     if not (folder / "adapter_config.json").is_file() and (folder / "recipe.yaml").is_file():
         _, folder = folder_of(folder)
@@ -36,3 +38,26 @@ def find_start(source: str) -> Path:
             f"adapter.start_from: {source} holds no adapter_config.json, so it is neither a run nor a PEFT adapter."
         )
     return folder
+
+
+def check_start_tokens(folder: Path, added: dict[str, int]) -> None:
+    """Refuse an adapter to start from whose trained rows belong to other tokens of the same ids.
+
+    Args:
+        folder: from `find_start`. What it adds is known where a tokenizer lies beside the adapter.
+        added: what this recipe adds, by name.
+
+    Raises:
+        ModelError: names the first that differs.
+    """
+    try:
+        listed = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+        theirs = {int(token["id"]): str(token["content"]) for token in listed}
+    except (OSError, ValueError, TypeError, KeyError):  # none, or one that says nothing of it
+        return
+    for name, token in added.items():
+        if theirs.get(token, name) != name:
+            raise ModelError(
+                f"adapter.start_from: in {folder} the added token {token} is {theirs[token]}, and this recipe's "
+                f"templates make it {name}. Give the recipe the data.template that it was trained with."
+            )

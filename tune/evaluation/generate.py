@@ -16,7 +16,10 @@ from typing import Any
 
 import torch
 
+from tune.adapters.files import read_config_of
 from tune.adapters.lora import attach, read_adapter
+from tune.adapters.token_rows import trained_tokens, vocabulary_rows
+from tune.data.added_tokens import prepare_tokenizer
 from tune.data.conversation import Message
 from tune.data.encode import encode_prompt
 from tune.data.templates.default_system import split_system
@@ -29,6 +32,7 @@ from tune.evaluation.whole_model import no_adapter
 from tune.folder import folder_of
 from tune.models.hub import read_config
 from tune.models.load import load_base
+from tune.models.vocabulary import grow_vocabulary
 from tune.recipe import schema
 from tune.recipe.load import load_recipe
 
@@ -113,7 +117,7 @@ class Speaker(ABC):
 
     def _encode(self, messages: Sequence[Message]) -> list[int]:
         ids = encode_prompt(messages, self.template, self.tokenizer)
-        rows = self.model.get_input_embeddings().weight.shape[0]
+        rows = vocabulary_rows(self.model)
         if max(ids) >= rows:  # on a GPU it would end in an assertion far from the cause
             raise ModelError(
                 f"{self.name}: its tokenizer gives token {max(ids)}, and the model has {rows} embeddings. "
@@ -164,16 +168,17 @@ def load_run(path: str | Path, device: torch.device | None = None) -> LoadedRun:
     recipe = load_recipe(run.recipe)
     read_config(recipe.model.base, recipe.model.revision, recipe.model.trust_remote_code)
     # The tokenizer and template saved with the adapter are those that trained; the base's may have changed since.
-    saved = (run.adapter / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(
-        str(run.adapter) if saved else recipe.model.base,
-        revision=None if saved else recipe.model.revision,
-        trust_remote_code=recipe.model.trust_remote_code,
-    )
-    template, system = _template(recipe.data.template, tokenizer)
+    if (run.adapter / "tokenizer_config.json").is_file():
+        tokenizer = load_tokenizer(str(run.adapter), trust_remote_code=recipe.model.trust_remote_code)
+        name = "tokenizer" if recipe.data.template.endswith(".jinja") else recipe.data.template
+    else:
+        tokenizer, name = prepare_tokenizer(recipe).tokenizer, recipe.data.template
+    template, system = _template(name, tokenizer)
     base = load_base(recipe.model, device or _device())
+    added = trained_tokens(read_config_of(adapter).get("trainable_token_indices"))
+    grow_vocabulary(base, recipe.model.base, added)
     ends = _ends(base.model, template, tokenizer)
-    model = attach(base, recipe.adapter, recipe.model.base, recipe.train.seed, recipe.router)
+    model = attach(base, recipe.adapter, recipe.model.base, recipe.train.seed, recipe.router, added)
     read_adapter(adapter, model)
     model.eval()
     return LoadedRun(str(path), model, tokenizer, template, recipe.data.system or system, ends, recipe)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tune.data.batches import one_a_row, pack
 from tune.data.collate import Row, collate
-from tune.data.encode import Examples
+from tune.data.examples import Examples
 
 _GROUP = 512
 """Examples that are packed together; bounds the time that packing takes."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from tune.export.facts import Facts, public_recipe, read_facts
+from tune.export.facts import Facts, added_facts, public_recipe, read_facts
 from tune.export.licence import find_licence, licence_warnings
 from tune.export.loading import adapter_loading, merged_loading
 from tune.export.prompt import Prompt
@@ -29,8 +29,18 @@ def adapter_card(
     measured_on: str,
     step: int,
     prompt: Prompt | None = None,
+    added: dict[str, Any] | None = None,
 ) -> str:
-    """Return adapter/README.md, for the adapter of `step`. A local base or data path appears by its last name only."""
+    """Return adapter/README.md, for the adapter of `step`. A local base or data path appears by its last name only.
+
+    Args:
+        recipe: the run's.
+        loss_before, loss_after: nats per trained token.
+        measured_on: what the losses are measured on.
+        step: the optimizer step.
+        prompt: the template at work.
+        added: the tokens that were added, as provenance.json holds them.
+    """
     base = recipe.model.base
     hub_base = base if base.count("/") == 1 and not Path(base).expanduser().exists() else None
     folder = Path(base).expanduser() if hub_base is None else None
@@ -44,6 +54,7 @@ def adapter_card(
         loss_after=loss_after,
         measured_on=measured_on,
         prompt=prompt,
+        **added_facts(added),
     )
     return write_card(facts)
 
@@ -146,6 +157,10 @@ def _prompt(facts: Facts) -> str:
         ]
     if facts.prompt is not None and facts.prompt.stop:
         lines += ["", f"An answer ends with `{facts.prompt.stop}`."]
+    if facts.added:
+        tokens = ", ".join(f"`{token}` ({number})" for token, number in facts.added.items())
+        lines += ["", f"Its tokenizer has tokens that the base's lacks: {tokens}. Their rows of the embedding and of "
+                  "the output head were trained with the adapter, and no other row was."]  # fmt: skip
     return "\n".join(lines)
 
 

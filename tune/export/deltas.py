@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from torch import Tensor
 
 from tune.errors import ModelError
 from tune.models.experts import STACKS
+from tune.models.replaced_rows import RowValues
 
 _BEFORE = "base_model.model."
 _INSIDE = ".base_layer"
+_ROWS = ".token_adapter.trainable_tokens_delta"
 _ROUTERS = ("gate", "router")
 
 _HARMLESS = frozenset(
@@ -31,6 +34,7 @@ _HARMLESS = frozenset(
         "inference_mode",
         "target_parameters",
         "modules_to_save",
+        "trainable_token_indices",
         "r",
         "lora_alpha",
         "lora_dropout",
@@ -113,7 +117,7 @@ class Replacement:
         return self if tuple(self.value.shape) == shape else None
 
 
-Change = Delta | StackDelta | Replacement
+Change = Delta | StackDelta | Replacement | RowValues
 """What a merge does to one stored tensor."""
 
 
@@ -137,8 +141,8 @@ class Pair:
         return found if found.shape == shape else None
 
 
-def read_pairs(folder: Path) -> dict[str, Pair | Replacement]:
-    """Return A and B of a PEFT LoRA folder, or a whole matrix, by the full name of the parameter that each changes.
+def read_pairs(folder: Path) -> dict[str, Pair | Replacement | RowValues]:
+    """Return A and B of a PEFT LoRA folder, a whole matrix or rows of one, by the full name of what each changes.
 
     Raises:
         ModelError: it is no adapter, is damaged, or holds what a merge would lose; each thing by name.
@@ -150,7 +154,7 @@ def read_pairs(folder: Path) -> dict[str, Pair | Replacement]:
     except (OSError, SafetensorError, ValueError) as error:
         raise ModelError(f"{path}: the adapter cannot be read ({error}). The copy may be incomplete.") from error
     _refuse_unmergeable(folder, config)
-    pairs: dict[str, Pair | Replacement] = {}
+    pairs: dict[str, Pair | Replacement | RowValues] = {}
     for name in [name for name in tensors if name.endswith(".lora_A.weight")]:
         other = name.replace(".lora_A.weight", ".lora_B.weight")
         if other not in tensors or not name.startswith(_BEFORE):
@@ -167,14 +171,46 @@ def read_pairs(folder: Path) -> dict[str, Pair | Replacement]:
         pairs[_parameter(module, config)] = Pair(a, b, config["lora_alpha"], bool(config.get("use_rslora")))
     for name in [name for name in tensors if _is_saved_whole(name, config)]:
         pairs[name.removeprefix(_BEFORE)] = Replacement(tensors.pop(name).float())
+    for name in [name for name in tensors if name.endswith(_ROWS)]:
+        pairs[f"{name.removeprefix(_BEFORE).removesuffix(_ROWS)}.weight"] = _rows(path, name, tensors.pop(name), config)
     if tensors:
         raise ModelError(
             f"{path}: holds {len(tensors)} tensors that are no LoRA of a matrix, such as {min(tensors)}. "
             "This version merges LoRA on linear layers, experts and routers."
         )
+    _check_rows_are_there(path, pairs, config)
     if not pairs:
         raise ModelError(f"{path}: holds no LoRA, so there is nothing to merge.")
     return pairs
+
+
+def _rows(path: Path, name: str, values: Tensor, config: dict[str, Any]) -> RowValues:
+    """The trained rows that a tensor holds, with the tokens that adapter_config.json gives them."""
+    module = name.removeprefix(_BEFORE).removesuffix(_ROWS)
+    indices = config.get("trainable_token_indices") or {}
+    named = indices if isinstance(indices, dict) else {module: indices}
+    ids = next((tokens for key, tokens in named.items() if f".{module}".endswith(f".{key}")), None)
+    if ids is None or values.dim() != 2 or len(set(ids)) != len(ids) or len(ids) != len(values):
+        raise ModelError(
+            f"{path}: {name} {list(values.shape)} does not fit the tokens that trainable_token_indices of its "
+            f"adapter_config.json names ({'none' if ids is None else len(ids)}). The copy may be incomplete."
+        )
+    if not values.isfinite().all():
+        raise ModelError(f"{path}: {name} holds NaN or infinity: the training diverged. Merge another.")
+    return RowValues(tuple(int(token) for token in ids), values.float())
+
+
+def _check_rows_are_there(path: Path, pairs: Mapping[str, object], config: dict[str, Any]) -> None:
+    """Refuse an adapter without the rows of a module that trainable_token_indices names."""
+    held = [name.removesuffix(".weight") for name, pair in pairs.items() if isinstance(pair, RowValues)]
+    indices = config.get("trainable_token_indices") or {}
+    named = indices if isinstance(indices, dict) else {"": indices}  # a list is for the embedding, whatever its name
+    for key, tokens in named.items():
+        if not any(f".{module}".endswith(f".{key}" if key else "") for module in held):
+            raise ModelError(
+                f"{path}: holds no rows for the {len(tokens)} tokens that trainable_token_indices of its "
+                f"adapter_config.json names{' in ' + key if key else ''}. The copy may be incomplete."
+            )
 
 
 def _is_saved_whole(name: str, config: dict[str, Any]) -> bool:
@@ -219,7 +255,6 @@ def _refuse_unmergeable(folder: Path, config: dict[str, Any]) -> None:
         "use_dora": "DoRA's magnitudes",
         "alpha_pattern": "alphas of single layers",
         "lora_bias": "biases of LoRA's own",
-        "trainable_token_indices": "trained embeddings of single tokens",
         "fan_in_fan_out": "transposed matrices",
         "layer_replication": "repeated layers",
     }

@@ -57,6 +57,10 @@ class Facts:
     """The content of merge-proof.json."""
     repo: str | None = None
     """OWNER/NAME where it is published."""
+    added: dict[str, int] = field(default_factory=dict)
+    """Tokens that the base's tokenizer lacked, with their ids."""
+    resize_to: int | None = None
+    """How many embeddings the base must have before the adapter can be put on it, where it has fewer."""
 
     @property
     def base_words(self) -> str:
@@ -113,8 +117,14 @@ def read_facts(
         prompt=read_prompt(run.adapter, recipe.data.system),
         proof=proof,
         repo=repo,
+        **added_facts(provenance.get("added_tokens")),
         **_losses(run, adapter, state, evaluations),
     )
+
+
+def added_facts(noted: dict[str, Any] | None) -> dict[str, Any]:
+    """What provenance.json holds of added tokens, as arguments of `Facts`; a run of an earlier version added none."""
+    return {} if noted is None else {"added": dict(noted["ids"]), "resize_to": noted["resize_to"]}
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -16,15 +16,34 @@ def adapter_loading(facts: Facts) -> str:
     with_peft = [
         *_imports(facts, "from peft import PeftModel"),
         *_load(facts, "base", base),
+        *_resize(facts),
         f'model = PeftModel.from_pretrained(base, "{place}")',
         *_ask(facts, place),
     ]
+    if facts.added:
+        # transformers' own load_adapter leaves such rows out in some versions, and says so in a table of keys at most.
+        return (
+            f"With PEFT:\n\n{_block('python', with_peft)}\n\nThe rows of its own tokens are read by PEFT alone: not by "
+            "vLLM, and not by every version of transformers' `load_adapter`. For those, merge it into the base (`tune "
+            "merge`) and use the merged model."
+        )
     with_transformers = [
         *_imports(facts),
         *_load(facts, "model", base),
         f'model.load_adapter("{place}")',
         *_ask(facts, place),
     ]
+    parts = [
+        "With PEFT:",
+        _block("python", with_peft),
+        "With transformers alone (PEFT must be installed):",
+        _block("python", with_transformers),
+    ]
+    return "\n\n".join([*parts, *_serving(facts, place, base)])
+
+
+def _serving(facts: Facts, place: str, base: str) -> list[str]:
+    """vLLM over the base, with what is to be known about it."""
     name = (facts.repo or "x/adapter").partition("/")[2]
     adapter = facts.recipe.adapter
     highest = max([adapter.rank, *adapter.ranks.values()])
@@ -36,10 +55,6 @@ def adapter_loading(facts: Facts) -> str:
         f"    --chat-template {'chat_template.jinja' if facts.repo else place + '/chat_template.jinja'}",
     ]
     parts = [
-        "With PEFT:",
-        _block("python", with_peft),
-        "With transformers alone (PEFT must be installed):",
-        _block("python", with_transformers),
         f"With vLLM, where the adapter is the model named `{name}`:",
         _block("bash", serve),
     ]
@@ -48,7 +63,7 @@ def adapter_loading(facts: Facts) -> str:
             "It was trained over the base in NF4, and the code above loads it so. vLLM serves the base in 16 bits, "
             "which is another model than the one that was adapted; `--quantization bitsandbytes` is nearer."
         )
-    return "\n\n".join(parts)
+    return parts
 
 
 def merged_loading(facts: Facts) -> str:
@@ -71,6 +86,7 @@ def merged_loading(facts: Facts) -> str:
         with_peft = [
             *_imports(facts, "from peft import PeftModel"),
             *_load(facts, "base", facts.base),
+            *_resize(facts),
             f'model = PeftModel.from_pretrained(base, "{place}", subfolder="adapter")',
             *_ask(facts, place),
         ]
@@ -103,6 +119,13 @@ def _load(facts: Facts, variable: str, base: str) -> list[str]:
         f'    "{base}", dtype=torch.{model.dtype}, quantization_config=nf4',
         ")",
     ]
+
+
+def _resize(facts: Facts) -> list[str]:
+    """The line that makes room for the rows of added tokens."""
+    if facts.resize_to is None:
+        return []
+    return [f"base.resize_token_embeddings({facts.resize_to}, mean_resizing=False)  # the adapter fills the new rows"]
 
 
 def _ask(facts: Facts, place: str) -> list[str]:

@@ -3,7 +3,7 @@
 A merged shard is the base's shard with some tensors replaced by others of the same dtype and shape, so names, order,
 header and size stay as they are, and writing one is copying a file: what is not adapted is copied in pieces, what
 is adapted is read, added to in float32, rounded once to the base's dtype, and written. One matrix is in memory at a
-time, however large the model.
+time, however large the model. Tokens that were added make embedding and output head taller, and nothing else.
 
     OUTPUT/../.merging-NAME/
       .lock          an flock, so that it dies with its process
@@ -20,6 +20,7 @@ import contextlib
 import ctypes
 import fcntl
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -41,7 +42,8 @@ from tune.export.proof.stock import with_stock_adapter
 from tune.export.subject import Base, Subject, find_subject
 from tune.export.words import write_words
 from tune.folder import PROOF, UNPROVEN, check_unchanged, explain_os_errors, flush, write_file
-from tune.models.shards import DTYPES, copying, read_header
+from tune.models.replaced_rows import ReplacedRows, RowValues
+from tune.models.shards import DTYPES, copying, read_header, reshaped_header
 from tune.models.streamed import Weights
 from tune.progress import Progress
 
@@ -99,6 +101,8 @@ def merge(
             _write_shards(model, subject, advance)
         types = sorted({subject.checkpoint.places[name].dtype for name in subject.deltas})
         heard.line(f"merged {len(subject.deltas)} matrices in float32, rounded once to {', '.join(types)}")
+        if subject.vocabulary != subject.model.vocabulary:
+            heard.line(f"vocabulary {subject.vocabulary:,} tokens, was {subject.model.vocabulary:,}")
         write_words(model, subject)
         proof = _prove(subject, model, heard)
         os.replace(model, folder)
@@ -225,11 +229,25 @@ def _write_shards(model: Path, subject: Subject, advance: Callable[[int, int], N
     for file in subject.checkpoint.files:
         target = model / file.name
         if not target.exists():
-            write_shard(file, target, rewritten, partial(_further, advance, done, total))
+            write_shard(file, target, rewritten, subject.shape_of, partial(_further, advance, done, total))
         done += file.stat().st_size
         advance(done, total)
     if subject.checkpoint.index is not None:
-        write_file(model / subject.checkpoint.index.name, subject.checkpoint.index.read_bytes())
+        write_file(model / subject.checkpoint.index.name, _index(subject.checkpoint.index, subject))
+
+
+def _index(index: Path, subject: Subject) -> bytes:
+    """The base's index, in which added tokens may have changed the number of bytes."""
+    content = index.read_bytes()
+    written = json.loads(content)
+    metadata = written.get("metadata") or {}
+    taller = {name: place for name, place in subject.checkpoint.places.items() if subject.shape_of(name) != place.shape}
+    for name, place in taller.items():
+        more = math.prod(subject.shape_of(name)) - math.prod(place.shape)
+        for key, size in (("total_parameters", 1), ("total_size", DTYPES[place.dtype].itemsize)):
+            if isinstance(metadata.get(key), int):
+                metadata[key] += more * size
+    return (json.dumps(written, indent=2) + "\n").encode() if taller else content
 
 
 def _merged_rows(name: str, subject: Subject, weights: Weights) -> Iterator[Tensor]:
@@ -238,6 +256,11 @@ def _merged_rows(name: str, subject: Subject, weights: Weights) -> Iterator[Tens
     dtype = DTYPES[place.dtype]
     if len(place.shape) < 2:
         yield weights.tensor(name).to(dtype)
+        return
+    if isinstance(delta, RowValues):
+        taller = ReplacedRows(weights, {name: delta})
+        for start in range(0, taller.count(name), _ROWS):
+            yield taller.rows(name, start, min(start + _ROWS, taller.count(name))).to(dtype)
         return
     step = _ROWS if len(place.shape) == 2 else 1  # of a stack, one expert
     whole = None if subject.base == "original" else weights.tensor(name)
@@ -259,29 +282,34 @@ def write_shard(
     source: Path,
     target: Path,
     rewritten: Callable[[str], Iterator[Tensor] | None],
+    shape_of: Callable[[str], tuple[int, ...]],
     advance: Callable[[int], None] = lambda written: None,
 ) -> None:
     """Copy a safetensors file with some tensors replaced; `target` appears when it is whole and on the disk.
+
+    The header stays as it is, to the byte, where no shape changes.
 
     Args:
         source: the base's file.
         target: the new one.
         rewritten: called with each tensor's name; the new tensor in the stored type, some rows at a time, or None to
             copy the old one.
+        shape_of: the shape of each tensor in the new file.
         advance: called with the bytes written so far.
 
     Raises:
         ModelError: the base's file changed meanwhile.
     """
-    first, places = read_header(source)
+    _, places = read_header(source)
+    header, ends = reshaped_header(source, shape_of)
     unfinished = target.with_name(f".unfinished-{target.name}")
     try:
         with open(source, "rb") as old, open(unfinished, "wb") as new:
-            new.writelines(copying(old.fileno(), 0, first))
+            new.write(header)
             for name, place in places.items():
                 pieces = rewritten(name)
                 new.writelines(copying(old.fileno(), place.start, place.end) if pieces is None else map(_bytes, pieces))
-                assert new.tell() == place.end
+                assert new.tell() == ends[name]
                 advance(place.end)
             new.flush()
             os.fsync(new.fileno())

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from tune.data.added_tokens import prepare_tokenizer
 from tune.data.templates.default_system import with_system
 from tune.data.templates.resolve import resolve_template
 from tune.data.tokenizer import load_tokenizer
@@ -17,6 +18,7 @@ from tune.export.deltas import Change, Pair, Replacement, StackDelta, read_pairs
 from tune.folder import RunFolder, folder_of
 from tune.models.hub import fingerprint_base, read_config
 from tune.models.load import check_supported
+from tune.models.replaced_rows import RowValues
 from tune.models.shards import DTYPES, Checkpoint, Stack, base_checkpoint
 from tune.models.streamed import StreamedModel, TrainedWeights, Weights
 from tune.recipe.load import load_recipe
@@ -67,6 +69,17 @@ class Subject:
         """Whether the merge may give a stored tensor other values."""
         return name in self.deltas or (self.base == "quantized" and name in self.parameters)
 
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """The shape of a stored tensor in the merged model: added tokens make embedding and output head taller."""
+        shape, change = self.checkpoint.places[name].shape, self.deltas.get(name)
+        return (change.height(shape[0]), *shape[1:]) if isinstance(change, RowValues) else shape
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the merged model has an embedding for."""
+        changes = [change for change in self.deltas.values() if isinstance(change, RowValues)]
+        return max(change.height(self.model.vocabulary) for change in changes) if changes else self.model.vocabulary
+
     def key(self) -> str:
         """A SHA-256 over all that decides the bytes of the merge."""
         digest = hashlib.sha256((self.adapter / "adapter_model.safetensors").read_bytes())
@@ -110,18 +123,11 @@ def find_subject(path: str | Path, base: Base) -> Subject:
     # Those saved with the adapter are those that trained; the base's, and a template's file, may have changed since.
     saved = (run.adapter / "tokenizer_config.json").is_file()
     from_file = saved and recipe.data.template.endswith(".jinja")
-    tokenizer = load_tokenizer(
-        str(run.adapter) if saved else section.base,
-        revision=None if saved else section.revision,
-        trust_remote_code=section.trust_remote_code,
-    )
-    rows = model.embedding.weight.shape[0]
-    if len(tokenizer) > rows:
-        raise ModelError(
-            f"{adapter}: its tokenizer has {len(tokenizer)} tokens and the base {rows} embeddings. "
-            "This version does not merge added tokens: train with a template whose tokens the base has."
-        )
-    return Subject(
+    if saved:
+        tokenizer: Any = load_tokenizer(str(run.adapter), trust_remote_code=section.trust_remote_code)
+    else:
+        tokenizer = prepare_tokenizer(recipe).tokenizer
+    subject = Subject(
         run=run,
         adapter=adapter,
         recipe=recipe,
@@ -135,10 +141,16 @@ def find_subject(path: str | Path, base: Base) -> Subject:
         tokenizer=tokenizer,
         template=resolve_template("tokenizer" if from_file else recipe.data.template, tokenizer),
     )
+    if len(tokenizer) > subject.vocabulary:
+        raise ModelError(
+            f"{adapter}: its tokenizer has {len(tokenizer)} tokens, and base and adapter have embeddings for "
+            f"{subject.vocabulary}. Tokenizer and weights belong to different models: copy both from one."
+        )
+    return subject
 
 
 def _stored(
-    pairs: dict[str, Pair | Replacement], model: StreamedModel, checkpoint: Checkpoint, adapter: Path
+    pairs: dict[str, Pair | Replacement | RowValues], model: StreamedModel, checkpoint: Checkpoint, adapter: Path
 ) -> dict[str, Change]:
     """What is done to each stored tensor, by its name; each checked against its matrix."""
     found: dict[str, Change] = {}
@@ -146,7 +158,7 @@ def _stored(
         module, _, last = parameter.rpartition(".")
         owner = model.modules.get(module)
         known = owner is not None and last in dict(owner.named_parameters(recurse=False))
-        if not known or owner in (model.embedding, model.head):
+        if not known or (owner in (model.embedding, model.head)) != isinstance(pair, RowValues):
             raise ModelError(
                 f"{adapter}: adapts {parameter}, which is no matrix of {model.name} "
                 "that can be adapted. It belongs to another base."
@@ -160,6 +172,10 @@ def _stored(
                 "It belongs to another base."
             )
         found |= {stored: delta} if isinstance(stored, str) else _by_matrix(stored, delta, checkpoint)
+        if isinstance(delta, RowValues) and model.tied:  # some checkpoints hold the tied head a second time
+            head = model.stored(checkpoint, next(name for name, other in model.modules.items() if other is model.head))
+            assert isinstance(head, str)
+            found[head] = delta
     for name in found:
         place = checkpoint.places[name]
         if place.dtype not in DTYPES:

@@ -31,12 +31,14 @@ def write_words(folder: Path, subject: Subject) -> None:
 def configs(subject: Subject) -> dict[str, dict[str, Any]]:
     """Return what config.json and generation_config.json of the merged model hold.
 
-    The config is the base's. The generation config is the base's too, and ends answers where training ended them: a
-    chat template may close an answer with a token that the base has never stopped at.
+    The config is the base's, with room for added tokens. The generation config is the base's too, and ends answers
+    where training ended them: a chat template may close an answer with a token that the base has never stopped at.
     """
     config = _json(subject, "config.json")
     assert config is not None
     config.pop("_name_or_path", None)  # where somebody once had it
+    if subject.vocabulary != subject.model.vocabulary:
+        config["vocab_size"] = subject.vocabulary
     generation = _json(subject, "generation_config.json") or {
         key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None
     }

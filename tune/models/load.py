@@ -2,7 +2,8 @@
 
 Each tensor is read from safetensors and packed before the next one is: the process never holds the model in
 16 bit. After loading, two things are made certain that a library would leave open: that no 4-bit layer repacks
-itself for inference (see `_keep_weights_packed`), and whether the model keeps packed examples apart.
+itself for inference (see `_keep_weights_packed`), and whether the model keeps packed examples apart, with which
+attention (`tune.models.attention`).
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from tune.data.hub import explain, one_line
 from tune.errors import ModelError
+from tune.models.attention import settle_attention
 from tune.models.catalog import FAMILIES, family_of, is_mixture
 from tune.models.hub import local_folder, quiet_transformers, read_config
 from tune.recipe import schema
@@ -34,7 +35,9 @@ class LoadedBase:
     packs: bool
     """Whether several examples in one row, told apart by position ids alone, do not see each other."""
     attention: str
-    """The attention implementation that transformers chose, such as `sdpa`."""
+    """The attention that runs, such as `sdpa`."""
+    declined: tuple[str, ...] = ()
+    """Faster kinds of attention that do not work here, each with the reason."""
 
 
 def check_supported(section: schema.Model, config: Any) -> None:
@@ -113,7 +116,8 @@ def load_base(section: schema.Model, device: torch.device, storage: torch.dtype 
     _keep_weights_packed(model)
     _switch_dropout_off(model)
     _check_head(section.base, model)
-    return LoadedBase(model, config, keeps_examples_apart(model), str(model.config._attn_implementation))
+    attention = settle_attention(model, device)
+    return LoadedBase(model, config, attention.packs, attention.name, attention.declined)
 
 
 def outline_base(section: schema.Model) -> LoadedBase | None:
@@ -295,44 +299,3 @@ def _check_head(base: str, model: Any) -> None:
             f"model.base: {base} ({model.config.model_type}) scales or caps its logits, which this version does not "
             "train through. Use a base of another family, such as mistralai/Mistral-7B-v0.1."
         )
-
-
-@torch.no_grad()
-def keeps_examples_apart(model: Any) -> bool:
-    """Probe whether examples packed into one row, told apart by position ids alone, stay independent.
-
-    Two rows hold the same second example behind different first ones. Its logits must be bit-equal, and must agree
-    with those of the example alone. Falcon and BLOOM fail this; they get one example a row.
-
-    Experts are left out. They see one token at a time and cannot mix examples, but how many rows an expert's product
-    has depends on all tokens of a row, and with it how each of them is rounded.
-    """
-    from tune.models.experts import expert_modules
-
-    replaced = expert_modules(model).values()
-    for module in replaced:
-        module.forward = lambda hidden, *_: torch.zeros_like(hidden)
-    try:
-        return _keeps_apart(model)
-    finally:
-        for module in replaced:
-            del module.forward
-
-
-def _keeps_apart(model: Any) -> bool:
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    device = model.get_input_embeddings().weight.device
-    first, other, second = (torch.randint(vocabulary, (length,), generator=generator) for length in (5, 5, 6))
-
-    def logits(*examples: Tensor) -> Tensor:
-        ids = torch.cat(examples)[None].to(device)
-        positions = torch.cat([torch.arange(len(example)) for example in examples])[None].to(device)
-        out: Tensor = model(input_ids=ids, position_ids=positions, use_cache=False).logits
-        return out[0, -len(second) :].float()
-
-    try:
-        one, two, alone = logits(first, second), logits(other, second), logits(second)
-    except TypeError:  # the model takes no position ids, so nothing could keep its examples apart
-        return False
-    return torch.equal(one, two) and float((one - alone).norm() / alone.norm()) < 0.05

@@ -8,8 +8,9 @@ The format is described at https://huggingface.co/docs/safetensors.
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -211,6 +212,31 @@ def read_header(path: Path) -> tuple[int, dict[str, Place]]:
     if at != size:
         raise broken(f"is {size:,} bytes long and should be {at:,}")
     return first, ordered
+
+
+def reshaped_header(path: Path, shape_of: Callable[[str], tuple[int, ...]]) -> tuple[bytes, dict[str, int]]:
+    """Return the bytes before the tensors of a safetensors file whose tensors take other shapes, and where each ends.
+
+    Order, types and metadata stay; where no shape changes, so does every byte.
+
+    Args:
+        path: the file as it is, which `read_header` has read.
+        shape_of: the new shape of each tensor, of the old one's type.
+    """
+    first, places = read_header(path)
+    with open(path, "rb") as file:
+        old = file.read(first)
+    shapes = {name: shape_of(name) for name in places}
+    if all(shapes[name] == place.shape for name, place in places.items()):
+        return old, {name: place.end for name, place in places.items()}
+    header, at, ends = dict(json.loads(old[8:])), 0, {}
+    for name, place in places.items():
+        size = (place.end - place.start) // max(math.prod(place.shape), 1) * math.prod(shapes[name])
+        header[name] |= {"shape": list(shapes[name]), "data_offsets": [at, at + size]}
+        at = ends[name] = at + size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of eight, as in files of safetensors' own
+    return len(text).to_bytes(8, "little") + text, {name: 8 + len(text) + end for name, end in ends.items()}
 
 
 def read_checkpoint(single: Path | None, index: Path | None, shards: dict[str, Path]) -> Checkpoint:

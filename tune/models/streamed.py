@@ -56,6 +56,10 @@ class Weights:
                 start += len(part)
         return whole
 
+    def count(self, name: str) -> int:
+        """Return how many rows one stored tensor has."""
+        return self.checkpoint.places[name].shape[0]
+
     def tensor(self, name: str) -> Tensor:
         """Return one stored tensor in float32, on the CPU."""
         return self.checkpoint.read(name).float()
@@ -292,7 +296,7 @@ class StreamedModel:
         """
         name = next(name for name, module in self.modules.items() if module is self.head)
         stored = self._stored_whole(weights.checkpoint, name)
-        count = weights.checkpoint.places[stored].shape[0]
+        count = weights.count(stored)
         logits = hidden_TH.new_empty(len(hidden_TH), count)
         for start in range(0, count, _VOCABULARY_ROWS):
             stop = min(start + _VOCABULARY_ROWS, count)

@@ -5,9 +5,10 @@ from stock PEFT's own layers, the adapter in the logits is stock PEFT's forward,
 
 Bounded, and the proof fails beyond:
 
-- **weights**: names, types, shapes and files are the base's. What no adapter changes is equal to the last bit. What
-  one does is W + ΔW rounded once: nearer than half a unit in the last place. This finds an error of scale far below
-  what any logit shows.
+- **weights**: names, types, shapes and files are the base's; embedding and output head are taller by what added
+  tokens need. What no adapter changes is equal to the last bit, every row of an embedding too that is no added
+  token's; an added token's row is the trained one, rounded. What else an adapter changes is W + ΔW rounded once:
+  nearer than half a unit in the last place. This finds an error of scale far below what any logit shows.
 - **logits**: of the base that was merged into with the adapter beside it, against those of the merged model, both in
   float32 on the run's prompts. Rounding to 16 bits moves logits, more in one model than in another, so the bound is
   no guess: a control model, whose adapted matrices are stock PEFT's W + ΔW rounded as they are stored, says what
@@ -25,7 +26,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +38,10 @@ from tune.export.proof.logits import check_logits
 from tune.export.proof.prompts import choose_prompts
 from tune.export.proof.stock import with_stock_adapter
 from tune.export.proof.tokenizer import check_tokenizer
-from tune.export.proof.weights import check_weights, open_merged
+from tune.export.proof.weights import check_weights, expected_shape, open_merged
 from tune.export.subject import Subject
 from tune.folder import PROOF, UNPROVEN, file_digest
-from tune.models.shards import Checkpoint
+from tune.models.shards import Checkpoint, Place
 from tune.models.streamed import compute_device
 from tune.progress import Progress
 from tune.versions import versions
@@ -89,7 +92,7 @@ def prove(subject: Subject, folder: Path, progress: Progress | None = None) -> P
     if merged is not None:
         with heard.phase("proving the weights") as advance:
             bounded["weights"] = check_weights(subject, stock, merged, reasons, advance)
-        if _same_names(subject.checkpoint, merged):
+        if _same_names(subject.checkpoint, merged, partial(expected_shape, stock)):
             try:
                 with heard.phase("proving the logits") as advance:
                     figures = check_logits(subject, stock, folder, merged, prompts, reasons, advance)
@@ -128,9 +131,9 @@ def _writable(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _same_names(base: Checkpoint, merged: Checkpoint) -> bool:
+def _same_names(base: Checkpoint, merged: Checkpoint, shape_of: Callable[[str, Place], tuple[int, ...]]) -> bool:
     """Whether the merged files can stand in the base's place: else no logits can be computed, and it was said why."""
-    return {name: place.shape for name, place in base.places.items()} == {
+    return {name: shape_of(name, place) for name, place in base.places.items()} == {
         name: place.shape for name, place in merged.places.items()
     }
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from tune.export.proof.prompts import Prompt
-from tune.export.proof.stock import StockChange, stock_changes
+from tune.export.proof.stock import StockChange, StockModel, stock_changes
 from tune.export.subject import Subject
 from tune.models.hub import read_config
+from tune.models.replaced_rows import ReplacedRows
 from tune.models.shards import DTYPES, Checkpoint
 from tune.models.streamed import StreamedModel, Weights, compute_device
 
@@ -109,7 +110,7 @@ class Difference:
 
 def check_logits(
     subject: Subject,
-    stock: StreamedModel,
+    stock: StockModel,
     folder: Path,
     merged: Checkpoint,
     prompts: Sequence[Prompt],
@@ -138,14 +139,19 @@ def check_logits(
     alone = StreamedModel(read_config(str(folder), trust_remote_code=trusted), str(folder), trusted)
     alone.check(merged)
     runs: dict[str, tuple[StreamedModel, Weights]] = {
-        "adapter": (stock, weights),
+        "adapter": (stock, ReplacedRows(weights, stock.rows)),
         "merged": (alone, Weights(merged)),
     }
     changes = stock_changes(subject, stock)
     if any(subject.checkpoint.places[name].dtype != "F32" for name in changes):
-        runs["control"] = (subject.model, _Rounded(weights, changes))
+        rounded = {
+            name: rows.rounded(DTYPES[subject.checkpoint.places[name].dtype]) for name, rows in stock.rows.items()
+        }
+        runs["control"] = (subject.model, ReplacedRows(_Rounded(weights, changes), rounded))
     if subject.base == "original" and subject.recipe.model.quantization == "nf4":
-        runs["trained"] = (stock, subject.trained_weights())
+        dtype = getattr(torch, subject.recipe.model.dtype)
+        used = {name: rows.rounded(dtype) for name, rows in stock.rows.items()}
+        runs["trained"] = (stock, ReplacedRows(subject.trained_weights(), used))
     hidden = {}
     for done, (name, (model, source)) in enumerate(runs.items()):
         advance(done, len(runs) + 1)

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tune.adapters.token_rows import trained_tokens
 from tune.errors import ModelError
 from tune.export.subject import Subject
+from tune.models.replaced_rows import RowValues
 from tune.models.shards import Stack
 from tune.models.streamed import StreamedModel
 
 _WRITE_AGAIN = "Remove the run's finished.json; `tune train RUN/recipe.yaml --resume` writes the adapter again."
 
 
-def with_stock_adapter(subject: Subject, device: torch.device) -> StreamedModel:
+class StockModel(StreamedModel):
+    """A base without weights, with PEFT's own LoRA layers and an adapter's weights in them."""
+
+    rows: dict[str, RowValues]
+    """The rows that PEFT puts into embedding and output head, by their stored name."""
+
+
+def with_stock_adapter(subject: Subject, device: torch.device) -> StockModel:
     """Return the base without weights and PEFT's own LoRA layers around its linears, with the adapter's weights.
+
+    Rows of added tokens are PEFT's too: it says whose they are and which. But its layer for them needs a matrix to put
+    them into, and there is none here, so they are handed out for whoever brings the weights.
 
     Raises:
         ModelError: PEFT finds other layers to adapt than the adapter has tensors for.
@@ -28,19 +41,46 @@ def with_stock_adapter(subject: Subject, device: torch.device) -> StreamedModel:
     from peft import PeftConfig, PeftModel
 
     section = subject.recipe.model
-    streamed = StreamedModel(subject.config, section.base, section.trust_remote_code)
     config = PeftConfig.from_pretrained(str(subject.adapter))
     config.inference_mode = True
+    base = copy.deepcopy(subject.config)
+    base.vocab_size = max([base.vocab_size, *(1 + token for token in trained_tokens(config.trainable_token_indices))])
+    streamed = StockModel(base, section.base, section.trust_remote_code)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = PeftModel(streamed.model, config, low_cpu_mem_usage=True)
     model.eval()
-    _fill(model, subject.adapter, device)
+    tensors = load_file(subject.adapter / "adapter_model.safetensors")
+    streamed.rows = _take_rows(model, streamed, subject, tensors)
+    _fill(model, subject.adapter, tensors, device)
     return streamed
 
 
-def _fill(model: Any, adapter: Path, device: torch.device) -> None:
-    tensors = load_file(adapter / "adapter_model.safetensors")
+def _take_rows(model: Any, streamed: StockModel, subject: Subject, tensors: dict[str, Tensor]) -> dict[str, RowValues]:
+    """Take PEFT's wrappers off embedding and output head, and their tensors out of `tensors`."""
+    names = {id(module): name for name, module in streamed.modules.items()}
+    wrappers = [(name, module) for name, module in model.named_modules() if isinstance(module, TrainableTokensWrapper)]
+    wrappers.sort(key=lambda item: item[1].token_adapter.tied_adapter is not None)
+    values: dict[int, Tensor] = {}
+    rows: dict[str, RowValues] = {}
+    for name, wrapper in wrappers:
+        layer = wrapper.token_adapter
+        if layer.tied_adapter is None:
+            expected = list(layer.trainable_tokens_delta["default"].shape)
+            tensor = tensors.pop(f"{name}.token_adapter.trainable_tokens_delta", None)
+            if tensor is None or list(tensor.shape) != expected:
+                raise ModelError(f"{subject.adapter}: stock PEFT expects rows of {name} {expected}. {_WRITE_AGAIN}")
+            values[id(layer)] = tensor.float()
+        owner = layer.tied_adapter or layer
+        stored = streamed.stored(subject.checkpoint, names[id(wrapper.original_module)])
+        assert isinstance(stored, str)
+        rows[stored] = RowValues(tuple(owner.token_indices["default"]), values[id(owner)])
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, wrapper.original_module)
+    return rows
+
+
+def _fill(model: Any, adapter: Path, tensors: dict[str, Tensor], device: torch.device) -> None:
     for name, module in model.named_modules():
         parent, _, last = name.rpartition(".")
         if last == "default" and isinstance(module, nn.Linear):
@@ -127,7 +167,7 @@ def _delta_of(layer: Any) -> Tensor:
     return delta.float().cpu()
 
 
-def stock_changes(subject: Subject, stock: StreamedModel) -> dict[str, list[StockChange]]:
+def stock_changes(subject: Subject, stock: StockModel) -> dict[str, list[StockChange]]:
     """Return what PEFT adds to each stored tensor, by its name: one change, or one for each expert in it."""
     from peft.tuners.lora import LoraLayer
 

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from tune.data.hub import one_line
 from tune.errors import ModelError
-from tune.export.proof.stock import StockChange, stock_changes
+from tune.export.proof.stock import StockChange, StockModel, stock_changes
 from tune.export.subject import Subject
-from tune.models.shards import Checkpoint, checkpoint_in, weight_map
-from tune.models.streamed import StreamedModel, Weights
+from tune.models.replaced_rows import ReplacedRows
+from tune.models.shards import Checkpoint, Place, checkpoint_in, weight_map
+from tune.models.streamed import Weights
 
 _NAMED = 3
 """So many tensors are named in a reason; the rest are counted."""
@@ -46,7 +47,7 @@ def open_merged(folder: Path) -> Checkpoint:
 
 def check_weights(
     subject: Subject,
-    stock: StreamedModel,
+    stock: StockModel,
     merged: Checkpoint,
     reasons: list[str],
     advance: Callable[[int, int], None],
@@ -68,8 +69,18 @@ def check_weights(
         other = merged.places.get(name)
         if other is None:
             wrong.setdefault("are missing", []).append(name)
-        elif (other.dtype, other.shape, other.file.name) != (place.dtype, place.shape, place.file.name):
+        elif other.shape != expected_shape(stock, name, place) and name in stock.rows:
+            wrong.setdefault("have another shape than vocabulary and added tokens need", []).append(name)
+        elif (other.dtype, other.shape, other.file.name) != (
+            place.dtype,
+            expected_shape(stock, name, place),
+            place.file.name,
+        ):
             wrong.setdefault("have another type, shape or file than in the base", []).append(name)
+        elif name in stock.rows:
+            if rows := _wrong_rows(name, merged, ReplacedRows(weights, {name: stock.rows[name]})):
+                listed = ", ".join(map(str, rows[:_NAMED]))
+                wrong.setdefault("are not the base with the trained rows", []).append(f"{name} (rows {listed})")
         elif name in changes:
             units = _distance_of(name, merged, weights, changes[name])
             worst = max(worst, units)
@@ -93,10 +104,27 @@ def check_weights(
         reasons.append(f"weights: {len(names)} tensors {words}: {', '.join(names[:_NAMED])}{more}")
     return {
         "tensors": len(base.places),
-        "adapted": len(changes),
+        "adapted": len(changes) + len(stock.rows),
         "equal_to_base": equal,
         "largest_error": {"figure": worst, "bound": 1.0, "unit": "half a unit in the last place"},
     }
+
+
+def expected_shape(stock: StockModel, name: str, place: Place) -> tuple[int, ...]:
+    """The shape that a tensor of the base, at `place`, should have in the merged model."""
+    rows = stock.rows.get(name)
+    return place.shape if rows is None else (rows.height(place.shape[0]), *place.shape[1:])
+
+
+def _wrong_rows(name: str, merged: Checkpoint, exact: Weights) -> list[int]:
+    """The rows of a merged matrix that are not, to the last bit, the exact ones in the stored type."""
+    found: list[int] = []
+    for start in range(0, exact.count(name), _ROWS):
+        stop = min(start + _ROWS, exact.count(name))
+        rows = merged.rows(name, start, stop)
+        different = (rows != exact.rows(name, start, stop).to(rows.dtype)).any(1)  # NaN differs from itself
+        found += (start + different.nonzero().flatten()).tolist()
+    return found
 
 
 def _same_bytes(base: Checkpoint, merged: Checkpoint, name: str) -> bool:
