@@ -16,6 +16,12 @@ ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = ROOT.parent / "shared" / "fixtures"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Encoded data is kept here while the tests run; processes that they start inherit it."""
+    os.environ["TUNE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def fixtures() -> Path:
     """The folder of real material that the project did not write; a test that needs it skips where it is absent."""

@@ -31,8 +31,18 @@ class UserError(TuneError):
     exit_code = 2
 
     def __init__(self, problems: str | Iterable[str]) -> None:
-        self.problems: list[str] = [problems] if isinstance(problems, str) else list(problems)
+        self.problems: list[str] = [as_line(p) for p in ([problems] if isinstance(problems, str) else problems)]
         super().__init__("\n".join(self.problems))
+
+
+def as_line(text: str) -> str:
+    """The text as one line that can be shown on a terminal: what it quotes may hold anything, and be of any length.
+
+    Characters that do not print, such as those that a terminal takes as commands, are spelled out (`\\x1b`); of more
+    than 2,000 characters, the first 1,500 and the last 500, with the remedy, are kept.
+    """
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return line if len(line) <= 2000 else f"{line[:1500]} ... {line[-500:]}"
 
 
 class RecipeError(UserError):

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
     from tune.adapters.coverage import Coverage
+    from tune.data.added_tokens import Prepared
     from tune.data.load import Data
     from tune.models.load import LoadedBase
     from tune.planning.memory import RowPlan
@@ -82,9 +83,9 @@ def train(recipe: Recipe, resume: bool = False, progress: Progress | None = None
 
 
 def _train_locked(recipe: Recipe, resume: bool, run: RunFolder, devices: Devices, progress: Progress) -> FinishedRun:
-    from tune.adapters.start import find_start
+    from tune.adapters.start import check_start_tokens, find_start
+    from tune.data.added_tokens import prepare_tokenizer
     from tune.data.load import load_data
-    from tune.data.tokenizer import load_tokenizer
     from tune.export.push import check_push, push_command
     from tune.models.hub import fingerprint_base, read_config
     from tune.models.load import check_supported
@@ -105,7 +106,8 @@ def _train_locked(recipe: Recipe, resume: bool, run: RunFolder, devices: Devices
     recipe = _pinned(recipe, run)
     model = recipe.model
     check_supported(model, read_config(model.base, model.revision, model.trust_remote_code))
-    tokenizer = load_tokenizer(model.base, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    words = prepare_tokenizer(recipe)
+    tokenizer = words.tokenizer
     with progress.phase("reading data") as advance:
         data = load_data(recipe, tokenizer, advance)
     # What `auto` meant is part of what was trained: the saved recipe says it by name.
@@ -120,21 +122,23 @@ def _train_locked(recipe: Recipe, resume: bool, run: RunFolder, devices: Devices
                 progress.line(f"not published again. To publish it: {push_command(recipe.push, run)}")
             if not run.provenance.is_file():  # what is written down now must be what was trained on
                 check_sources(run, data.fingerprint, base_fingerprint)
-            devices.first(lambda: remember(run, recipe, data, tokenizer, base_fingerprint, again=False))
+            devices.first(lambda: remember(run, recipe, data, words, base_fingerprint, again=False))
             return _already(run, finished)
         if finished is not None:
             devices.first(lambda: check_push(recipe.push, run))
         state = find_checkpoint(run, data.fingerprint, base_fingerprint, progress)
     start = find_start(recipe.adapter.start_from) if recipe.adapter.start_from is not None and state is None else None
+    if start is not None:
+        check_start_tokens(start, words.added)
     devices.wait()  # nobody changes the folder while another process still reads it
 
-    base, adapted, coverage, rows = _adapt(recipe, data, state, start, devices, progress)
+    base, adapted, coverage, rows = _adapt(recipe, data, words, state, start, devices, progress)
     fingerprints = (data.fingerprint, base_fingerprint)
     job = Job(recipe, run, adapted, data.train, data.eval, *fingerprints, base.packs, rows, devices, progress)
     trainer = Trainer(job, state.step if state is not None else None)
     devices.first(lambda: _begin(run, recipe, data, coverage, trainer.state.step))
-    devices.first(lambda: remember(run, recipe, data, tokenizer, base_fingerprint))
-    _tell(progress, data, coverage, base.attention, trainer)
+    devices.first(lambda: remember(run, recipe, data, words, base_fingerprint))
+    _tell(progress, data, words, coverage, base, trainer)
 
     state = trainer.run()
     result = _result(recipe, run, state, data.eval is not None, devices)
@@ -163,6 +167,7 @@ def _pinned(recipe: Recipe, run: RunFolder) -> Recipe:
 def _adapt(
     recipe: Recipe,
     data: Data,
+    words: Prepared,
     state: TrainingState | None,
     start: Path | None,
     devices: Devices,
@@ -173,6 +178,7 @@ def _adapt(
     from tune.adapters.expert_lora import keep_activations
     from tune.adapters.lora import attach, read_adapter, resolve_targets
     from tune.models.load import check_length, check_vocabulary, load_base, recompute_activations
+    from tune.models.vocabulary import grow_vocabulary
     from tune.planning.memory import RowPlan, keep_automatic, plan_rows
 
     name = recipe.model.base
@@ -180,13 +186,14 @@ def _adapt(
     longest = max(int(part.lengths.max()) for part in parts)
     with progress.phase("loading the base"):
         base = load_base(recipe.model, devices.device)
-    check_vocabulary(base, name, max(int(part.ids.max()) for part in parts))
+        grow_vocabulary(base, name, words.ids)
+    check_vocabulary(base, name, max(part.largest_id for part in parts))
     check_length(base.config, name, longest)
     claimed = resolve_targets(recipe.adapter, base, name, recipe.router)
-    adapted = attach(base, recipe.adapter, name, recipe.train.seed, recipe.router)
+    adapted = attach(base, recipe.adapter, name, recipe.train.seed, recipe.router, words.ids)
     if start is not None:
         read_adapter(start, adapted)
-    coverage = check_coverage(base.model, claimed, recipe.model.quantization)
+    coverage = check_coverage(base.model, claimed, recipe.model.quantization, words.ids)
     rows = plan_rows(recipe.train, base.config, longest, base.model.dtype, devices.device)
     if state is not None:
         rows = keep_automatic(recipe.train, rows, RowPlan(state.row_tokens, state.recompute))
@@ -221,8 +228,11 @@ def _begin(run: RunFolder, recipe: Recipe, data: Data, coverage: Coverage, step:
     write_file(run.coverage, json.dumps(coverage.to_json(), indent=1) + "\n")
 
 
-def _tell(progress: Progress, data: Data, coverage: Coverage, attention: str, trainer: Trainer) -> None:
+def _tell(
+    progress: Progress, data: Data, words: Prepared, coverage: Coverage, base: LoadedBase, trainer: Trainer
+) -> None:
     """The start-up table, and what a user should know before the first step."""
+    from tune.data.added_tokens import describe
     from tune.planning.memory import RECOMPUTED
 
     job = trainer.job
@@ -232,15 +242,19 @@ def _tell(progress: Progress, data: Data, coverage: Coverage, attention: str, tr
         f"data {report.train_examples:,} examples, {report.train_tokens:,} tokens, "
         f"{report.train_trained / report.train_tokens:.0%} trained on; {report.eval_examples:,} held out"
     )
+    if job.recipe.data.add_tokens:
+        progress.line(describe(words.added))
     progress.line(job.devices.line)
     for line in coverage.lines:
         progress.line(line)
-    progress.line(f"attention {attention}, {'packed' if job.packs else 'one example a row'}")
+    progress.line(f"attention {base.attention}, {'packed' if job.packs else 'one example a row'}")
     progress.line(f"rows of {job.rows.row_tokens} tokens{RECOMPUTED[job.rows.recompute]}")
     batch = min(job.recipe.train.batch_size, trainer.order.epoch_length)
     progress.line(f"steps {trainer.total}, {batch:,} examples each")
     for warning in report.warnings():
         progress.warn(warning)
+    for reason in base.declined:
+        progress.warn(f"attention: {reason}, so {base.attention} is used")
     if batch < job.recipe.train.batch_size:
         progress.warn(f"train.batch_size is {job.recipe.train.batch_size:,}, but an epoch has only {batch:,} examples")
     if job.recipe.adapter.dropout:
@@ -287,7 +301,8 @@ def _finish(run: RunFolder, recipe: Recipe, tokenizer: Any, template: Any, resul
             f"{chosen}: the checkpoint to finish from is damaged or gone. Remove it and every later one; "
             "--resume then goes on from the one before, and trains it again."
         )
-    card = adapter_card(recipe, result.loss_before, result.loss_after, result.measured_on, result.adapter_step)
+    losses = (result.loss_before, result.loss_after, result.measured_on, result.adapter_step)
+    card = adapter_card(recipe, *losses, added=run.read_provenance().get("added_tokens"))
     with explain_os_errors(run.root, "finish with --resume"):
         write_adapter(run.adapter, chosen, tokenizer, with_system(template.jinja, recipe.data.system), card)
         summary = {key: value for key, value in asdict(result).items() if key != "already"}

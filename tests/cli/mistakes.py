@@ -15,6 +15,7 @@ from tests.cli.conftest import write_recipe
 from tune.cli.main import _run
 
 TRAIN = ("train", "recipe.yaml")
+CHECK = ("check", "recipe.yaml")
 HARMLESS = re.compile(r"(reading data|loading the base): \d+\.\d s|resume from step 0: no checkpoint yet")
 """What may stand on stdout before a mistake is found: no part of a result."""
 
@@ -45,7 +46,7 @@ def mistake(
 
 def files(folder: Path) -> dict[Path, bytes]:
     """Every file under a folder, with its content."""
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and not path.is_symlink()}
 
 
 def assert_refused(wrong: Mistake, work: Path, capfd: pytest.CaptureFixture[str]) -> str:

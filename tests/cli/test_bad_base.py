@@ -123,6 +123,18 @@ BASES = [
     mistake("no tokenizer", "base: has no tokenizer", "Copy", prepare=remove("base/tokenizer*")),
     mistake("tokenizer cut", "base: its tokenizer cannot be read", prepare=cut_in_half("base/tokenizer.json")),
     mistake("tokenizer of another model", "300 embeddings", prepare=other_tokenizer),
+    *(
+        mistake(
+            f"tokens added to another model's tokenizer, {verb}",
+            "before any is added",
+            "300 embeddings",
+            prepare=other_tokenizer,
+            arguments=(verb, "recipe.yaml"),
+            data__template="chatml",
+            data__add_tokens=True,
+        )
+        for verb in ("train", "check")
+    ),
 ]
 
 ADAPTERS = [

@@ -63,7 +63,6 @@ RECIPES = [
     mistake("publishing to nowhere", "push.merged", "Set push.repo", push__merged=True),
     mistake("every target excluded", "adapter.exclude", "(attention, mlp)", adapter__exclude=["attention", "mlp"]),
     mistake("template unknown", "data.template", "(alpaka)", "Did you mean 'alpaca'?", data__template="alpaka"),
-    mistake("not built yet", "data.add_tokens", "Choose a template", data__add_tokens=True),
     mistake("a token in the recipe", "push.hub_token", "HF_TOKEN", push__hub_token="hf_" + "x" * 30),
 ]
 

@@ -38,9 +38,12 @@ def test_check_prints_the_numbers_and_the_warnings(recipe, capsys):
     assert any(line.startswith("warning: 1 of ") or line == "recipe and data are usable" for line in lines)
 
 
-def test_check_refuses_what_is_not_built(recipe):
-    with pytest.raises(RecipeError, match="add_tokens"):
-        check(str(recipe), ["data.add_tokens=true"], quiet=True)
+@pytest.mark.parametrize("verb", ["check", "preview"])
+def test_what_is_not_built_is_refused_before_anything_is_read(recipe, verb, monkeypatch):
+    monkeypatch.setattr(f"tune.cli.{verb}.refusals", lambda recipe: ["data.eval: is not in this version."])
+    arguments = {"check": (), "preview": (2, False)}[verb]
+    with pytest.raises(RecipeError, match=r"data\.eval: is not in this version"):
+        {"check": check, "preview": preview}[verb](str(recipe), ["data.train=missing.jsonl"], *arguments, quiet=True)
 
 
 def test_check_says_that_the_hub_is_asked_later(recipe, capsys):

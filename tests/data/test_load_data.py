@@ -10,7 +10,7 @@ import yaml
 
 from tests.data.conftest import fixture_path
 from tune.data.batches import Order
-from tune.data.encode import Examples
+from tune.data.examples import Examples
 from tune.data.held_out import hold_out
 from tune.data.load import load_data
 from tune.errors import DataError
@@ -22,6 +22,11 @@ def tokenizer():
     from tune.data.tokenizer import load_tokenizer
 
     return load_tokenizer(str(fixture_path("models/stories260K-mistral")))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_cached(tmp_path, monkeypatch):
+    monkeypatch.setenv("TUNE_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -65,16 +70,15 @@ def test_examples_follow_the_sources_and_are_trained_on_their_answers(recipe, to
     train = data.train
     assert len(train) == 3
     assert train.source.tolist() == [0, 0, 1]
-    assert [where.rpartition("/")[2] for where in train.where] == ["a.jsonl:1", "a.jsonl:2", "b.jsonl:1"]
+    assert [where.rpartition("/")[2] for where in map(train.where, range(3))] == ["a.jsonl:1", "a.jsonl:2", "b.jsonl:1"]
     assert texts(train, tokenizer, trained=True) == ["It is 1, I say.</s>", "It is 2, I say.</s>", f"{answer}</s>"]
     assert texts(train, tokenizer)[2].endswith(f"USER: Hi? ASSISTANT: {answer}</s>")
-    assert (train.ids.dtype, train.trained.dtype, train.offsets.dtype, train.source.dtype) == (
-        np.int32,
-        np.bool_,
-        np.int64,
-        np.int32,
-    )
-    assert train.lengths.sum() == len(train.ids) == len(train.trained) == train.offsets[-1]
+    assert (*(part.dtype for part in train.example(0)), train.source.dtype) == (np.int32, np.bool_, np.int32)
+    assert (train.lengths.dtype, train.trained_counts.dtype, train.digests.dtype) == (np.int64, np.int64, np.uint64)
+    assert train.digests.shape == (3, 2)
+    assert train.lengths.sum() == train.tokens == data.report.train_tokens
+    assert train.lengths.tolist() == [len(train.example(i)[0]) for i in range(3)]
+    assert train.largest_id == max(train.example(i)[0].max() for i in range(3))
     assert train.trained_counts.tolist() == [int(train.example(i)[1].sum()) for i in range(3)]
     first, second = data.report.sources
     assert (first.format, first.template, first.rows, first.examples) == ("alpaca", "alpaca", 2, 2)
@@ -94,7 +98,7 @@ def test_train_on(recipe, tokenizer):
     )
     assert texts(both, tokenizer, trained=True) == ["one</s> two</s>"]
     assert texts(last, tokenizer, trained=True) == ["two</s>"]
-    assert all_of_it.trained.tolist() == [False] + [True] * (len(all_of_it.ids) - 1)
+    assert all_of_it.example(0)[1].tolist() == [False] + [True] * (all_of_it.tokens - 1)
 
 
 def test_the_recipes_system_prompt_is_for_rows_without_one(recipe, tokenizer):
@@ -137,12 +141,12 @@ def test_the_wrong_format_names_the_right_one(recipe, tokenizer):
 
 
 def test_auto_says_the_columns_when_nothing_fits(recipe, tokenizer):
-    rows = [{"instruction": "x", "response": "y"}]
+    rows = [{"instruction": "x", "reply": "y"}]
     said = problems(recipe(("a.jsonl", rows)), tokenizer)
-    assert "no format fits its rows (columns seen: instruction, response)" in said[0]
-    data = load_data(recipe(("a.jsonl", rows, {"columns": {"output": "response"}})), tokenizer)
+    assert "no format fits its rows (columns seen: instruction, reply)" in said[0]
+    data = load_data(recipe(("a.jsonl", rows, {"columns": {"output": "reply"}})), tokenizer)
     assert data.report.sources[0].format == "alpaca"
-    wrong = {"columns": {"answer": "response"}, "format": "alpaca"}
+    wrong = {"columns": {"answer": "reply"}, "format": "alpaca"}
     assert (
         "columns: names 'answer', which format alpaca does not have"
         in problems(recipe(("a.jsonl", rows, wrong)), tokenizer)[0]
@@ -219,7 +223,7 @@ def test_rows_of_one_line_are_counted_each(recipe, tokenizer, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(rows))
     limit = int(load_data(made, tokenizer).train.lengths[1]) - 1
     cut = load_data(recipe(("a.json", None), max_length=limit), tokenizer)
-    assert cut.train.where[0] == cut.train.where[1]
+    assert cut.train.where(0) == cut.train.where(1)
     assert cut.train.cut.tolist() == [False, True]
     assert cut.train.select(np.array([1])).cut.tolist() == [True]
     assert cut.report.sources[0].truncated == 1
@@ -241,11 +245,10 @@ def test_a_weight_that_leaves_no_row_is_refused(recipe, tokenizer):
 @pytest.mark.parametrize(
     ("row", "columns"),
     [
-        ({"question": "x", "answer": "y"}, "{instruction: question, output: answer}"),
-        ({"prompt": "x", "response": "y"}, "{instruction: prompt, output: response}"),
-        ({"Prompt": "x", "completion": "y"}, "{instruction: Prompt, output: completion}"),
-        ({"instruction": "x", "response": "y"}, "{output: response}"),
-        ({"question": "x", "context": "c", "answer": "y"}, "{instruction: question, output: answer, input: context}"),
+        ({"problem": "x", "solution": "y"}, "{instruction: problem, output: solution}"),
+        ({"Prompt": "x", "completion": "y"}, "{prompt: Prompt}"),
+        ({"instruction": "x", "reply": "y"}, "{output: reply}"),
+        ({"problem": "x", "context": "c", "reply": "y"}, "{question: problem, answer: reply}"),
         ({"dialog": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}, "{messages: dialog}"),
         ({"turns": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}, "{conversations: turns}"),
     ],
@@ -259,18 +262,17 @@ def test_the_map_of_columns_that_is_near_is_shown_and_works(recipe, tokenizer, r
 
 
 def test_a_map_that_lacks_a_column_is_completed(recipe, tokenizer):
-    rows = [{"question": "x", "answer": "y"}]
+    rows = [{"problem": "x", "reply": "y"}]
     for options in ({}, {"format": "alpaca"}):
-        (said,) = problems(recipe(("a.jsonl", rows, {"columns": {"output": "answer"}, **options})), tokenizer)
-        assert "Try columns: {output: answer, instruction: question} of the source." in said
+        (said,) = problems(recipe(("a.jsonl", rows, {"columns": {"output": "reply"}, **options})), tokenizer)
+        assert "Try columns: {output: reply, instruction: problem} of the source." in said
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("oasst-human-assistant.jsonl", "column 'input' holds whole transcripts ('### Human:'), which are not read in"),
-        ("self-instruct-seed-tasks.jsonl", "column 'instances' holds several answers in one row, which are not read"),
-        ("koala_test_set.jsonl", "Set format: and columns: of the source"),
+        ("koala_test_set.jsonl", "Its rows hold prompts (column 'prompt') and no answers"),
+        ("vicuna-bench-questions.jsonl", "Its rows hold prompts (column 'turns') and no answers"),
     ],
 )
 def test_rows_of_other_kinds_are_named_plainly(recipe, tokenizer, name, words):
@@ -321,8 +323,7 @@ def test_duplicates_are_counted_and_fall_on_one_side(recipe, tokenizer):
 
 
 def test_the_training_part_is_never_empty():
-    ids = np.arange(10, dtype=np.int32)
-    one = Examples(ids, ids > 3, np.array([0, 10]), np.zeros(1, dtype=np.int32), ["a:1"])
+    one = Examples.of([range(10)], [[number > 3 for number in range(10)]])
     assert hold_out(one, 0.999999, 0) == (one, None)
     two = one.select(np.array([0, 0]))
     assert hold_out(two, 0.999999, 0) == (two, None)
@@ -354,7 +355,9 @@ def test_a_small_trained_share_is_said(recipe, tokenizer):
 
 def test_answers_without_an_end_are_said(recipe, tokenizer, tmp_path):
     path = tmp_path / "endless.jinja"
-    path.write_text("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}")
+    path.write_text(
+        "{{ bos_token }}{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    )
     data = load_data(recipe(("a.jsonl", alpaca(1, 2)), template=str(path)), tokenizer)
     assert any("2 training examples end without an end-of-turn token" in w for w in data.report.warnings())
 
@@ -370,25 +373,26 @@ def test_the_fingerprint_is_of_the_content(recipe, tokenizer):
 
 
 def test_progress_reaches_the_total(recipe, tokenizer, monkeypatch):
-    monkeypatch.setattr("tune.data.load._CHUNK", 3)
+    monkeypatch.setattr("tune.data.reading.CHUNK", 3)
     calls = []
     load_data(
         recipe(("a.jsonl", alpaca(*range(5))), ("b.jsonl", alpaca(7))), tokenizer, lambda *call: calls.append(call)
     )
-    assert calls == [(3, 6), (5, 6), (6, 6)]
+    assert calls == [(5, 0), (6, 0)]
 
 
 def test_select_and_chunks_change_nothing(recipe, tokenizer, monkeypatch):
     made = recipe(("a.jsonl", alpaca(*range(20))))
     whole = load_data(made, tokenizer)
-    monkeypatch.setattr("tune.data.load._CHUNK", 3)
-    assert load_data(made, tokenizer).fingerprint == whole.fingerprint
+    monkeypatch.setattr("tune.data.reading.CHUNK", 3)
+    monkeypatch.setattr("tune.data.reading.LOOKED_AT", 2)
+    assert load_data(made, tokenizer, cached=False).fingerprint == whole.fingerprint
     order = np.array([4, 0, 19, 4])
     chosen = whole.train.select(order)
     for position, index in enumerate(order):
         for ours, theirs in zip(chosen.example(position), whole.train.example(index), strict=True):
             assert ours.tolist() == theirs.tolist()
-    assert chosen.where == [whole.train.where[i] for i in order]
+    assert [chosen.where(i) for i in range(4)] == [whole.train.where(i) for i in order]
 
 
 @pytest.mark.parametrize(

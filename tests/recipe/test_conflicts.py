@@ -31,6 +31,10 @@ SMALLEST = ["model.base=some/model", "data.train=a.jsonl"]
         (["adapter.exclude=[mlp, attention]"], "leaves nothing to adapt"),
         (["adapter.start_from=runs/a", "adapter.init=gaussian"], "has no effect (gaussian)"),
         (["data.eval=[{path: b, weight: 2}]"], "repeats rows for training (2)"),
+        (
+            ["data.train={path: b, columns: {instruction: q, output: q}}"],
+            "columns: reads 'q' as both instruction and output. Remove one.",
+        ),
     ],
 )
 def test_contradictions_are_refused(settings: list[str], words: str) -> None:

@@ -101,6 +101,7 @@ epoch: 3
         ("a: 1\n---\nb: 1\n", "recipe.yaml:2: is not valid YAML (column 1: expected a single document"),
         ("a: 1\nb: \x07\n", "recipe.yaml:2: holds a character that is not text (#x0007). Remove it."),
         ('a: "\\UFFFFFFFF"\n', "recipe.yaml: holds an escape that is no character."),
+        (GOOD + '"x\\ud800": 1\n', "recipe.yaml:3: a key holds half a surrogate pair, which is no character (x)."),
         ("[" * 5000, "recipe.yaml: is nested too deeply. A recipe has a few levels."),
         ("", "recipe.yaml:1: is empty. A recipe needs model.base and data.train;"),
         ("# nothing yet\n", "recipe.yaml:1: is empty."),
@@ -198,3 +199,8 @@ def test_missing_files(here: Path) -> None:
         with pytest.raises(RecipeError) as caught:
             load_recipe(name)
         assert caught.value.problems == [message]
+
+
+def test_a_key_in_python_that_is_no_text_in_unicode() -> None:
+    with pytest.raises(RecipeError, match=r"^recipe: a key holds half a surrogate pair"):
+        load_recipe({"model": {"base": "x"}, "data": ["a"], "x\ud800": 1})

@@ -3,7 +3,8 @@
 Adds a run's adapter to its base and writes an ordinary model folder: the base's own safetensors files with the same
 names, types and shards, the tokenizer, the chat template that trained, and a generation config that stops where
 training did. Anything that loads a Hugging Face model loads it, without PEFT. One matrix is in memory at a time, so
-the machine needs room on its disk, not in its memory.
+the machine needs room on its disk, not in its memory. Tokens that `data.add_tokens` added make the embedding and the
+output head longer by their rows, and the `vocab_size` in `config.json` larger.
 
 `--base original`, the default, adds to the base's own weights. A 4-bit run has never seen those: it was trained on
 their 4-bit form, and the adapter may have learned to make up for it. `--base quantized` merges into the 4-bit form

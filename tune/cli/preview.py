@@ -50,7 +50,7 @@ from tune.recipe.load import load_recipe
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from tune.data.encode import Examples
+    from tune.data.examples import Examples
     from tune.recipe.schema import Recipe
 
 TRAINED_STYLE = "black on green"
@@ -71,11 +71,9 @@ def preview(recipe_path: str, overrides: list[str], n: int, as_json: bool, quiet
     if refused := refusals(recipe):
         raise RecipeError(refused)  # before transformers is imported, which takes a second
 
-    from tune.data.tokenizer import load_tokenizer
+    from tune.data.added_tokens import prepare_tokenizer
 
-    tokenizer = load_tokenizer(
-        recipe.model.base, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
-    )
+    tokenizer = prepare_tokenizer(recipe).tokenizer
     examples = _first_examples(recipe, tokenizer, n)
     if not quiet and sys.stderr.isatty():
         _tell_what_is_not_shown(recipe, examples, n)
@@ -85,9 +83,8 @@ def preview(recipe_path: str, overrides: list[str], n: int, as_json: bool, quiet
             print(json.dumps({"ids": ids, "tokens": tokenizer.convert_ids_to_tokens(ids), "trained": trained}))
             continue
         if not quiet:
-            cut = examples.cut is not None and examples.cut[index]
-            end = f", cut at data.max_length ({recipe.data.max_length})" if cut else ""
-            print(f"--- {examples.where[index]}: {len(ids)} tokens, {sum(trained)} trained on{end}")
+            end = f", cut at data.max_length ({recipe.data.max_length})" if examples.cut[index] else ""
+            print(f"--- {examples.where(index)}: {len(ids)} tokens, {sum(trained)} trained on{end}")
         _show(_pieces(tokenizer, ids, trained))
 
 
@@ -102,7 +99,8 @@ def _first_examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, n: int) 
             s.model_copy(update={"limit": min(s.limit or enough, enough), "weight": 1.0}) for s in recipe.data.train
         )
         data = recipe.data.model_copy(update={"train": sources, "eval": 0.0})
-        loaded = load_data(recipe.model_copy(update={"data": data}), tokenizer)
+        # So few rows are encoded in no time, and would fill the cache with beginnings of sources.
+        loaded = load_data(recipe.model_copy(update={"data": data}), tokenizer, cached=False)
         whole = all(s.rows < enough for s in loaded.report.sources)
         if len(loaded.train) >= n or whole:
             return loaded.train

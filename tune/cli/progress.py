@@ -63,7 +63,7 @@ class ConsoleProgress(Progress):
             return
         with Bar(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=self.console) as bar:
             task = bar.add_task(name, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
+            yield lambda done, total: bar.update(task, completed=done, total=total or None)
 
     def coverage(self, coverage: Any) -> None:
         table = Table(box=None, pad_edge=False)
@@ -80,7 +80,8 @@ class ConsoleProgress(Progress):
                 f"{kind.adapter_parameters:,}" if kind.adapter_parameters else "-",
             )
         rest = coverage.frozen_bytes - sum(kind.bytes for kind in coverage.kinds)
-        table.add_row("embeddings, norms, head", "", "", "", size(rest), "-")
+        rows = coverage.trained_rows
+        table.add_row("embeddings, norms, head", "", "", "", size(rest), f"{rows.parameters:,}" if rows else "-")
         table.add_row("all", "", "", "", size(coverage.frozen_bytes), f"{coverage.adapter_parameters:,}")
         self.console.print(table)
 

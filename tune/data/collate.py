@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from tune.data.encode import Examples
+from tune.data.examples import Examples
 
 if TYPE_CHECKING:
     import torch
@@ -33,18 +33,15 @@ def collate(examples: Examples, chosen: Sequence[int], device: torch.device | st
     """
     import torch
 
-    ids, positions, predict_at, labels = [], [], [], []
-    start = 0
-    for number in chosen:
-        example_ids, trained = examples.example(number)
-        targets = np.flatnonzero(trained[1:]) + 1
-        ids.append(example_ids)
-        positions.append(np.arange(len(example_ids)))
-        predict_at.append(start + targets - 1)
-        labels.append(example_ids[targets])
-        start += len(example_ids)
-
-    def tensor(parts: list[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(device, non_blocking=True)
-
-    return Row(tensor(ids)[None], tensor(positions)[None], tensor(predict_at), tensor(labels))
+    parts = [examples.example(number) for number in chosen]
+    total = sum(len(ids) for ids, _ in parts)
+    row_ids, positions = np.empty((1, total), dtype=np.int64), np.empty((1, total), dtype=np.int64)
+    places, start = [], 0
+    for ids, trained in parts:
+        end = start + len(ids)
+        row_ids[0, start:end], positions[0, start:end] = ids, np.arange(len(ids))
+        places.append(start + np.flatnonzero(trained[1:]))
+        start = end
+    predict_at = np.concatenate(places)
+    values = (row_ids, positions, predict_at, row_ids[0, predict_at + 1])
+    return Row(*(torch.from_numpy(value).to(device, non_blocking=True) for value in values))

@@ -2,99 +2,121 @@
 
 from __future__ import annotations
 
-from array import array
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 from tune.data.conversation import BadRowError, Conversation
-from tune.data.encode import Encoded
-from tune.data.formats import Format, detect_format, find_format
-from tune.data.sources import BadRow, Rows, read_rows
-from tune.data.templates.resolve import resolve_template
-from tune.data.templates.segment import Template
+from tune.data.facts import Facts
+from tune.data.formats import LOOKED_AT, Format, detect_format, find_format
+from tune.data.sources import BadRow, Opened, Place, Row
 from tune.data.unread import advice, no_format_fits
-from tune.errors import DataError
+from tune.errors import DataError, did_you_mean
+from tune.recipe.schema import Data as DataSection
+from tune.recipe.schema import Source
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from tune.recipe.schema import Data as DataSection
-    from tune.recipe.schema import Source
-
-Part = Literal["train", "eval"]
+CHUNK = 2048
+"""Rows that are read, encoded and written together; bounds the memory."""
 
 
-class Kept(NamedTuple):
-    """An example that is used: its row, its tokens, and whether it was cut at data.max_length."""
+class Said(NamedTuple):
+    """A conversation, and the place of the row that it was read from."""
 
-    where: str
-    encoded: Encoded
-    cut: bool
-
-
-@dataclass(slots=True)
-class SourceData:
-    """One source on its way from rows to examples, with what was left out."""
-
-    source: Source
-    part: Part
-    index: int
-    format: Format
-    template: Template
-    conversations: list[tuple[str, Conversation]]
-    rows: int
-    bad: list[BadRow]
-    untrained: list[str] = field(default_factory=list)
-    cut_away: int = 0
-    """How many of `untrained` had something to train on beyond data.max_length."""
-    long: list[str] = field(default_factory=list)
-    kept: list[Kept] = field(default_factory=list)
-    lengths: array[int] = field(default_factory=lambda: array("q"))
-    """Tokens in each prompt as written, before any cut."""
+    place: Place
+    conversation: Conversation
 
 
-def read_source(
-    source: Source,
-    part: Part,
-    index: int,
-    template: Template,
-    tokenizer: PreTrainedTokenizerBase,
-    wanted: DataSection,
-) -> SourceData:
-    """A source's rows as conversations, the bad ones set aside.
+class Reader:
+    """Reads a source once. `facts` grows as it does.
 
     Raises:
-        DataError: the source cannot be read, or no format reads any of its rows.
+        DataError: on creation, when the source cannot be read or no format reads its first rows.
     """
-    rows = read_rows(source)
-    if not rows.good:
+
+    def __init__(self, opened: Opened, source: Source, wanted: DataSection) -> None:
+        self._opened, self._source, self._wanted = opened, source, wanted
+        self._rows = iter(opened)
+        self.facts = Facts(format="")
+        # The first rows that can be read decide on the format; they are kept and not read again.
+        self._first = list(self._next(LOOKED_AT))
+        if not self._first:
+            bad = self.facts.bad
+            raise DataError(
+                f"{source.path}: none of its rows ({bad.count}) can be read. The first: {_ended(self._first_bad())}"
+            )
+        self._format = _format(source, [row.value for row in self._first])
+        self.facts.format = self._format.label
+
+    def chunks(self) -> Iterator[list[Said]]:
+        """The conversations of all rows, those of a few thousand rows at a time.
+
+        Raises:
+            DataError: at the end, when no row could be read.
+        """
+        found = False
+        rows = self._first
+        while rows:
+            chunk = list(self._parsed(rows))
+            if chunk:
+                found = True
+                yield chunk
+            rows = list(self._next(CHUNK))
+        if not found:
+            self._refuse_format()
+
+    def _next(self, count: int) -> Iterator[Row]:
+        """The next rows, so many if there are, with the bad ones among them taken down."""
+        while count:
+            row = next(self._rows, None)
+            if row is None:
+                return
+            self.facts.rows += 1
+            if isinstance(row, BadRow):
+                self.facts.bad.add(row.place, row.reason)
+            else:
+                yield row
+                count -= 1
+
+    def _parsed(self, rows: list[Row]) -> Iterator[Said]:
+        system = self._wanted.system
+        last_only = self._wanted.train_on == "last_response"
+        for row in rows:
+            try:
+                parsed = self._format.parse(row.value)
+            except BadRowError as error:
+                self.facts.bad.add(row.place, str(error))
+                continue
+            for conversation in parsed:
+                for words in conversation.mended:
+                    self.facts.mended[words] = self.facts.mended.get(words, 0) + 1
+                if system:
+                    conversation = conversation.with_system(system)
+                if last_only:
+                    conversation = conversation.last_response_only()
+                yield Said(row.place, conversation)
+
+    def _first_bad(self) -> str:
+        place, reason = self.facts.bad.first[0]
+        return f"{self._opened.where(place)}: {reason}"
+
+    def _refuse_format(self) -> None:
+        """No row at all could be read: most likely the format is another one."""
+        path, fmt = self._source.path, self._format
+        values = [row.value for row in self._first]
+        better = detect_format(values, self._source.columns)
+        if better is not None and better.name != fmt.name:
+            said = self._first_bad().rstrip(".")
+            raise DataError(f"{path}: its rows are not {fmt.name} ({said}). They fit format: {better.name}.")
+        found = f"{path}: none of its rows ({self.facts.rows}) can be read as {fmt.name}"
         raise DataError(
-            f"{source.path}: none of its rows ({len(rows)}) can be read. The first: {_ended(str(rows.bad[0]))}"
+            f"{found}, which needs {fmt.needs}. The first: {_ended(self._first_bad())} "
+            f"{advice(values, self._source.columns, self._source.format)}"
         )
-    own = resolve_template(source.template, tokenizer) if source.template else template
-    fmt = _format(source, rows)
-    conversations, bad = [], list(rows.bad)
-    for row in rows.good:
-        try:
-            conversation = fmt.parse(row.value)
-        except BadRowError as error:
-            bad.append(BadRow(row.where, str(error)))
-            continue
-        if wanted.system:
-            conversation = conversation.with_system(wanted.system)
-        if wanted.train_on == "last_response":
-            conversation = conversation.last_response_only()
-        conversations.append((row.where, conversation))
-    if not conversations:
-        _refuse_format(source, rows, fmt, bad)
-    return SourceData(source, part, index, fmt, own, conversations, len(rows), bad)
 
 
-def _format(source: Source, rows: Rows) -> Format:
-    values = [row.value for row in rows.good]
+def _format(source: Source, values: list[dict[str, Any]]) -> Format:
     if source.format != "auto":
-        fmt = find_format(source.format)
-    elif (detected := detect_format(values)) is None:
+        fmt = find_format(source.format, values)
+    elif (detected := detect_format(values, source.columns)) is None:
         raise DataError(no_format_fits(source.path, values, source.columns))
     else:
         fmt = detected
@@ -102,22 +124,9 @@ def _format(source: Source, rows: Rows) -> Format:
         raise DataError(
             f"{source.path}: columns: names {unknown[0]!r}, which format {fmt.name} does not have "
             f"({', '.join(fmt.columns)}). Ours is on the left, the data's on the right."
+            f"{did_you_mean(unknown[0], fmt.columns)}"
         )
     return fmt
-
-
-def _refuse_format(source: Source, rows: Rows, fmt: Format, bad: list[BadRow]) -> None:
-    """No row at all could be read: most likely the format is another one."""
-    values = [row.value for row in rows.good]
-    better = detect_format(values)
-    first = min(bad, key=lambda row: row.position)
-    if better is not None and better is not fmt:
-        said = str(first).rstrip(".")
-        raise DataError(f"{source.path}: its rows are not {fmt.name} ({said}). They fit format: {better.name}.")
-    found = f"{source.path}: none of its rows ({len(rows)}) can be read as {fmt.name}"
-    raise DataError(
-        f"{found}, which needs {fmt.needs}. The first: {_ended(str(first))} {advice(values, source.columns)}"
-    )
 
 
 def _ended(sentence: str) -> str:

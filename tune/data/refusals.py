@@ -2,53 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from tune.data.reading import SourceData
+from tune.data.facts import SHOWN, Tally
+from tune.data.prepare import SourceData
 from tune.errors import DataError
 
 
 def refuse_bad(sources: Sequence[SourceData]) -> None:
     """Raise DataError when a row cannot be used."""
-    bad = [row for source in sources for row in sorted(source.bad, key=lambda row: row.position)]
-    if bad:
-        rows = "1 row" if len(bad) == 1 else f"{len(bad)} rows"
-        raise DataError([*map(str, bad[:3]), f"{rows} cannot be used. Mend the data, or set data.on_bad: drop."])
+    shown, count = _first((source, source.known.bad) for source in sources)
+    if count:
+        rows = "1 row" if count == 1 else f"{count} rows"
+        raise DataError(
+            [
+                *(f"{where}: {reason}" for where, reason in shown),
+                f"{rows} cannot be used. Mend the data, or set data.on_bad: drop.",
+            ]
+        )
 
 
 def refuse_untrained(sources: Sequence[SourceData], max_length: int) -> None:
     """Raise DataError when nothing of a row is trained on."""
-    untrained = [where for source in sources for where in source.untrained]
-    if untrained:
-        reason = f"nothing of it is trained on (is the prompt alone longer than data.max_length {max_length}?)"
+    shown, count = _first((source, source.known.untrained) for source in sources)
+    if count:
+        cut_away = sum(source.known.cut_away for source in sources)
+        long = f"the prompt alone is longer than data.max_length {max_length}"
+        why = long if cut_away == count else f"no answer counts, or {long}" if cut_away else "no answer of it counts"
+        reason = f"nothing of it is trained on ({why})"
         raise DataError(
             [
-                *(f"{where}: {reason}" for where in untrained[:3]),
-                f"rows with nothing to train on: {len(untrained)}. Raise data.max_length, or set data.on_bad: drop.",
+                *(f"{where}: {reason}" for where, _ in shown),
+                f"rows with nothing to train on: {count}. "
+                f"{'Raise data.max_length' if cut_away else 'Mend the data'}, or set data.on_bad: drop.",
             ]
         )
 
 
 def refuse_long(sources: Sequence[SourceData], max_length: int) -> None:
     """Raise DataError when a row is longer than `max_length` tokens."""
-    long = [where for source in sources for where in source.long]
-    if long:
+    shown, count = _first((source, source.known.long) for source in sources)
+    if count:
         raise DataError(
             [
-                *(f"{where}: is longer than data.max_length ({max_length} tokens)" for where in long[:3]),
-                f"rows that are too long: {len(long)}. Raise data.max_length, or set data.on_long: truncate or drop.",
+                *(f"{where}: is longer than data.max_length ({max_length} tokens)" for where, _ in shown),
+                f"rows that are too long: {count}. Raise data.max_length, or set data.on_long: truncate or drop.",
             ]
         )
 
 
+def _first(tallies: Iterable[tuple[SourceData, Tally]]) -> tuple[list[tuple[str, str]], int]:
+    """The first rows of some sources' tallies, where each is and why, and how many there are."""
+    shown, count = [], 0
+    for source, tally in tallies:
+        shown += [(source.where(*place), reason) for place, reason in tally.first]
+        count += tally.count
+    return shown[:SHOWN], count
+
+
 def refuse_empty(key: str, sources: Sequence[SourceData], max_length: int) -> None:
     """Raise DataError when no row of `key`'s sources is left, with what became of them."""
-    if any(source.kept for source in sources):
+    if any(source.known.examples for source in sources):
         return
-    long = sum(len(source.long) for source in sources)
-    prompt_alone = sum(source.cut_away for source in sources)
-    untrained = sum(len(source.untrained) for source in sources) - prompt_alone
-    bad = sum(len(source.bad) for source in sources)
+    facts = [source.known for source in sources]
+    long = sum(fact.long.count for fact in facts)
+    prompt_alone = sum(fact.cut_away for fact in facts)
+    untrained = sum(fact.untrained.count for fact in facts) - prompt_alone
+    bad = sum(fact.bad.count for fact in facts)
     reasons = [
         f"{count} {words}"
         for count, words in (
@@ -61,7 +81,7 @@ def refuse_empty(key: str, sources: Sequence[SourceData], max_length: int) -> No
     ]
     remedy = ""
     if long or prompt_alone:
-        longest = max(max(source.lengths, default=0) for source in sources)
+        longest = max(fact.length_max for fact in facts)
         remedy = f" Raise data.max_length; the longest row has {longest} tokens."
     if bad or untrained:
         remedy += " Without data.on_bad: drop, the first of them are shown."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -36,6 +36,10 @@ class SourceReport:
     """Half of the prompts have at most so many tokens as they are written, before the cut at data.max_length."""
     length_p95: int
     length_max: int
+    mended: tuple[tuple[str, int], ...] = ()
+    """What was changed in the order of turns, in words, and in how many conversations."""
+    dropped: tuple[str, ...] = ()
+    """The first rows that were dropped for each reason: the place and the reason."""
 
     @property
     def trained_share(self) -> float:
@@ -69,6 +73,12 @@ class Report:
     """Whether the recipe asked for held-out data."""
     max_length: int
     """The recipe's data.max_length, in tokens."""
+    cached: int = field(default=0, compare=False)
+    """Sources that were found in the cache, and not encoded again."""
+    cache_problem: str | None = field(default=None, compare=False)
+    """Why the encoded data could not be kept for the next start, if it could not."""
+    template_notes: tuple[str, ...] = ()
+    """Which templates write prompts otherwise than the one that the tokenizer brings, in words."""
 
     def warnings(self) -> list[str]:
         """What looks wrong, in words, the remedy included."""
@@ -89,6 +99,8 @@ class Report:
             dropped = source.dropped_bad + source.dropped_untrained + source.dropped_long
             if dropped:
                 found.append(f"{where}: {dropped} of {source.rows} rows are dropped.")
+            found += [f"{where}: in {count} of {source.rows} rows, {words}." for words, count in source.mended]
+        found += self.template_notes
         if self.duplicates:
             found.append(f"{self.duplicates} of {self.train_examples} training examples repeat an earlier one exactly.")
         if self.shared:
@@ -103,6 +115,11 @@ class Report:
             )
         if self.eval_asked and not self.eval_examples:
             found.append("data.eval: the fraction is too small for these rows; nothing is held out.")
+        if self.cache_problem is not None:
+            found.append(
+                f"the encoded data is not kept ({self.cache_problem}), so that the next start encodes it again. "
+                "Set TUNE_CACHE to a folder that can be written to."
+            )
         return found
 
 

@@ -77,6 +77,16 @@ def _evaluation(recipe: Recipe) -> Iterator[Conflict]:
                 yield Conflict(f"data.eval.{index}.weight", words, ())
 
 
+def _columns(recipe: Recipe) -> Iterator[Conflict]:
+    for part, sources in (("train", recipe.data.train), ("eval", recipe.data.eval)):
+        for index, source in enumerate(sources if isinstance(sources, tuple) else ()):
+            ours = {theirs: name for name, theirs in source.columns.items()}
+            for name, theirs in source.columns.items():
+                if ours[theirs] != name:
+                    words = f"reads {shown(theirs)!r} as both {shown(name)} and {shown(ours[theirs])}. Remove one."
+                    yield Conflict(f"data.{part}.{index}.columns", words, ())
+
+
 def _length(recipe: Recipe) -> Iterator[Conflict]:
     train = recipe.train
     if train.max_steps is not None and train.warmup >= 1 and train.warmup >= train.max_steps:
@@ -106,6 +116,7 @@ _RULES: tuple[Callable[[Recipe], Iterator[Conflict]], ...] = (
     _router,
     _start,
     _evaluation,
+    _columns,
     _length,
     _publishing,
     _tracking,

@@ -94,6 +94,7 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
         "{ours: theirs} in an item of data.train.",
         "columns_mapping field_messages message_property_mappings field_instruction field_output dataset_text_field",
     ),
+    ("data.train.path", "it stands in an item of data.train.", "file files file_name"),
     ("data.train.limit", "it stands with the path in an item of data.train.", "max_samples"),
     ("data.train.weight", "it stands with the path in an item of data.train.", "interleave_probs"),
     ("data.template", "", "chat_template conversation prompt_template prompt_style"),
@@ -177,6 +178,7 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
         "",
         "The fast path is chosen for the machine, and said at the start. Remove it.",
         "tf32 attn_implementation attn_impl flash_attention flash_attn sdp_attention xformers_attention "
+        "flex_attention eager_attention flash_attn_fuse_mlp "
         "use_liger_kernel enable_liger_kernel lora_mlp_kernel lora_qkv_kernel lora_o_kernel torch_compile",
     ),
     ("", "The kind of model is read from its own configuration. Remove it.", "model_type"),
@@ -199,9 +201,21 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
         "",
         "Packing is always on, and examples in a row never see each other. Remove it.",
         "sample_packing eval_sample_packing packing eval_packing neat_packing padding_free "
-        "pad_to_sequence_len pad_to_multiple_of group_by_length multipack",
+        "pad_to_sequence_len pad_to_multiple_of group_by_length multipack length_column_name batch_flattening "
+        "sample_packing_bin_size sample_packing_group_size sample_packing_sequentially multipack_real_batches",
     ),
-    ("", "Examples are always shuffled, by train.seed. Remove it.", "shuffle_merged_datasets dataset_shuffle"),
+    (
+        "",
+        "Examples are always shuffled, by train.seed. Remove it.",
+        "shuffle_merged_datasets dataset_shuffle train_sampling_strategy curriculum_sampling",
+    ),
+    ("", "Noise on embeddings is not in this version. Remove it.", "neftune_noise_alpha noisy_embedding_alpha"),
+    (
+        "",
+        "Every trained token weighs the same; data.train.weight repeats or thins out a source. Remove it.",
+        "loss_weights example_weights sample_weights sample_weight",
+    ),
+    ("", "A step is dealt to the devices by its tokens. Remove it.", "split_batches dispatch_batches"),
     (
         "",
         "Preparing the data has no settings. Remove it.",

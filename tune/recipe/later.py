@@ -21,16 +21,10 @@ class Later(NamedTuple):
     words: str
 
 
-FORMATS_LATER: tuple[str, ...] = ("prompt_completion", "question_answer", "text")
-TEMPLATES_LATER: tuple[str, ...] = ("koala", "mistral-v2", "llama-2", "codellama", "zephyr", "falcon", "plain")
+FORMATS_LATER: tuple[str, ...] = ()
+TEMPLATES_LATER: tuple[str, ...] = ()
 
-_SINGLE: tuple[Later, ...] = (
-    Later(
-        lambda recipe: recipe.data.add_tokens,
-        "data.add_tokens",
-        "adding tokens is not in this version. Choose a template whose tokens the tokenizer has.",
-    ),
-)
+_SINGLE: tuple[Later, ...] = ()
 
 
 def _sources(recipe: Recipe) -> Iterator[tuple[str, Source]]:
@@ -59,8 +53,5 @@ def refusals(recipe: Recipe) -> list[str]:
     for key, name in _templates(recipe):
         if name in TEMPLATES_LATER:
             words = f"the template {name} is not in this version. Write one of {', '.join(templates)}."
-            found.append(f"{key}: {words}")
-        elif name.endswith(".jinja"):
-            words = f"a template of your own is not in this version ({name}). Write one of {', '.join(templates)}."
             found.append(f"{key}: {words}")
     return found

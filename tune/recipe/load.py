@@ -90,7 +90,8 @@ def _conflicts_despite(values: dict[str, Any], suspects: set[str], written: Writ
         else:
             trial.pop(section, None)
     for section, key in (("model", "base"), ("data", "train")):
-        trial[section] = {key: "unknown", **(trial.get(section) or {})}
+        given = trial.get(section)
+        trial[section] = {key: "unknown", **(given if isinstance(given, dict) else {})}
     try:
         Recipe.model_validate(trial)
     except ValidationError as error:

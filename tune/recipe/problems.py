@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from tune.recipe.elsewhere import look_up, look_up_value
-from tune.recipe.read import Key, Written, dotted, shown
+from tune.recipe.read import HALF_A_CHARACTER, Key, Written, dotted, shown
 from tune.recipe.schema import Recipe, Source
 
 _MISSING = object()
@@ -195,6 +195,8 @@ def _what(detail: ErrorDetails) -> str:
         return str(context["error"])
     if kind in ("too_short", "string_too_short"):
         return "must not be empty"
+    if kind == "string_unicode":
+        return HALF_A_CHARACTER
     if kind == "int_from_float":
         return "must be a whole number"
     return _TYPES.get(kind.partition("_")[0], detail["msg"][:1].lower() + detail["msg"][1:])
@@ -205,13 +207,28 @@ def _choices(detail: ErrorDetails) -> list[str]:
 
 
 def _nearest(detail: ErrorDetails, key: Key, value: Any) -> str:
+    if key[-1:] == ("path",) and isinstance(value, list):
+        return " Write a list of sources, each with one path."
+    if detail["type"] == "less_than" and key == ("data", "eval") and str(value).isdecimal():
+        return " For a number of rows, write a list such as [{path: FILE, limit: 100}]."
     if not isinstance(value, str):
         return ""
+    if not detail["type"].startswith("int") and (number := _as_number(value)):
+        return f" Write {number}."
     hint = look_up_value(".".join(part for part in key if isinstance(part, str)), value)
     if hint:
         return f" {hint}"
     near = difflib.get_close_matches(value.lower(), _choices(detail), n=1)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def _as_number(text: str) -> str:
+    """The number that a percentage or a decimal comma stands for, or an empty string."""
+    match = re.fullmatch(r"(\d+(?:[.,]\d+)?)\s*(%?)", text.strip())
+    if match is None or not (match[2] or "," in match[1]):
+        return ""
+    number = float(match[1].replace(",", "."))
+    return f"{number / 100 if match[2] else number:g}"
 
 
 def _unknown(key: Key) -> tuple[str, Key]:
@@ -228,6 +245,8 @@ def _unknown(key: Key) -> tuple[str, Key]:
     plain = name.lower().replace("-", "_")
     if plain in siblings:
         return f"{words} Did you mean {plain!r}?", (*key[:-1], plain)
+    if prefix == "data.train." and plain == "name":
+        return f"{words} A file or a data set's id is path, a data set's configuration is config.", (*key[:-1], "path")
     known = look_up(name)
     # What another section calls by this very name is nearer than what resembles it here.
     same = [path for path in keys if path.rpartition(".")[2] == plain and not path.startswith("data.train.")]

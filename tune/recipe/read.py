@@ -21,7 +21,7 @@ Key = tuple[str | int, ...]
 MAX_BYTES = 256 * 1024
 MAX_VALUES = 10_000
 MAX_DEPTH = 32
-
+HALF_A_CHARACTER = "holds half a surrogate pair, which is no character"
 
 _SECRET = re.compile(r"(^|[._-])(token|secret|password|api[_-]?key)($|[._-])", re.IGNORECASE)
 
@@ -109,6 +109,9 @@ class _NodeReader:
                 self.complain(name_node, "a recipe has no merge keys (<<). Write the keys out.")
                 continue
             name = name_node.value
+            if not _is_unicode(name):
+                self.complain(name_node, f"a key {HALF_A_CHARACTER} ({shown(name)}). Write it without.")
+                continue
             path = (*key, name)
             if name in values:
                 self.complain(
@@ -210,10 +213,16 @@ def _plain(value: Any, depth: int) -> Any:
         for name in value:
             if not isinstance(name, str):
                 raise RecipeError(f"recipe: a key must be text ({shown(name)}). Write it in quotes.")
+            if not _is_unicode(name):
+                raise RecipeError(f"recipe: a key {HALF_A_CHARACTER} ({shown(name)}). Write it without.")
         return {name: _plain(item, depth + 1) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item, depth + 1) for item in value]
     return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def apply_overrides(written: Written, overrides: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ The docstring under a field reaches error messages and the JSON Schema.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
@@ -15,6 +16,7 @@ from pydantic_core import PydanticCustomError
 from tune.recipe.conflicts import find_conflicts
 from tune.recipe.fields import (
     Count,
+    Epochs,
     FormatName,
     Fraction,
     LearningRate,
@@ -31,6 +33,7 @@ from tune.recipe.fields import (
     Text,
     Trackers,
     Warmup,
+    Weight,
     Whole,
 )
 
@@ -42,6 +45,8 @@ def _sources(value: Any) -> Any:
 
 
 def _held_out(value: Any) -> Any:
+    if isinstance(value, str) and re.fullmatch(r"\s*\d+([.,]\d*)?\s*%|\s*\d+,\d+\s*", value):
+        raise ValueError("must be a fraction written as a number, or a list of data sets")
     return 0 if isinstance(value, str) and value.lower() == "none" else value
 
 
@@ -140,7 +145,7 @@ class Source(Section):
     """Which configuration of a data set from the hub is read."""
     columns: dict[Text, Text] = Field(default_factory=dict)
     """The format's column names, each with the name this data set has for it, such as {output: response}."""
-    weight: Positive = 1.0
+    weight: Weight = 1.0
     """How many times the rows are seen in an epoch: 2 is twice, 0.5 a seeded half."""
     template: OptionalTemplate = None
     """How these prompts are written; none means data.template."""
@@ -179,13 +184,14 @@ class Data(Section):
     on_bad: Literal["error", "drop"] = "error"
     """What happens to a row that cannot be read."""
     add_tokens: bool = False
-    """Whether a template's control tokens that the tokenizer lacks are added and trained."""
+    """Whether a template's control tokens that the tokenizer lacks are added. Their rows of the embedding and the head
+    train with the adapter, and lie in it; a merged model's vocabulary is larger by them."""
 
 
 class Train(Section):
     """How it learns."""
 
-    epochs: Positive = 3.0
+    epochs: Epochs = 3.0
     """Passes over the training data, in epochs; a fraction ends within one. max_steps overrides it."""
     max_steps: OptionalCount = None
     """Length of the training, in optimizer steps; none follows epochs."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from tune.data.added_tokens import Prepared
 from tune.data.conversation import BadRowError, Conversation, Role
 from tune.data.encode import Encoder
 from tune.data.load import Data
 from tune.data.tokenizer import vocabulary_digest
 from tune.folder import RunFolder, write_file
-from tune.models.hub import commit_of
+from tune.models.hub import commit_of, read_config
+from tune.models.vocabulary import rows_needed
 from tune.recipe.schema import Recipe
 from tune.training.checkpoint import machine
 
@@ -44,8 +46,17 @@ def words(recipe: Recipe, data: Data, tokenizer: Any) -> dict[str, Any]:
     return {"vocabulary": vocabulary_digest(tokenizer), "dialogues": dialogues}
 
 
+def _added_tokens(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
+    """The tokens that the base's tokenizer lacked, and the rows that its embedding is resized to for them, if it is."""
+    model = recipe.model
+    config = read_config(model.base, model.revision, model.trust_remote_code)
+    rows = int(config.get_text_config().vocab_size)
+    needed = rows_needed(rows, prepared.ids)
+    return {"ids": prepared.added, "resize_to": needed if needed > rows else None}
+
+
 def remember(
-    run: RunFolder, recipe: Recipe, data: Data, tokenizer: Any, base_fingerprint: str, again: bool = True
+    run: RunFolder, recipe: Recipe, data: Data, prepared: Prepared, base_fingerprint: str, again: bool = True
 ) -> None:
     """Write the run's provenance.json; with `again` false, only if there is none."""
     if not again and run.provenance.is_file():
@@ -56,7 +67,7 @@ def remember(
     examples = []
     for index in chosen:
         ids, trained = part.example(index)
-        examples.append({"row": part.where[index], "ids": ids.tolist(), "trained": trained.astype(int).tolist()})
+        examples.append({"row": part.where(index), "ids": ids.tolist(), "trained": trained.astype(int).tolist()})
     base = recipe.model.base
     content = {
         "base": {
@@ -65,7 +76,8 @@ def remember(
             "fingerprint": base_fingerprint,
         },
         "data": {"fingerprint": data.fingerprint, "part": "held-out data" if held_out else "training data"},
-        "words": words(recipe, data, tokenizer),
+        "words": words(recipe, data, prepared.tokenizer),
+        "added_tokens": _added_tokens(recipe, prepared),
         "machine": machine(),
         "examples": examples,
     }

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tune.adapters.token_rows import head_loss
 from tune.data.collate import Row
-from tune.kernels.cross_entropy import cross_entropy_sum
 from tune.training.devices import Devices
 from tune.training.router_balance import RouterLoad, StepBalance
 
@@ -50,10 +50,8 @@ def row_loss_and_router_logits(model: Any, row: Row) -> tuple[Tensor, tuple[Tens
 
 
 def _forward(model: Any, row: Row, **wanted: bool) -> tuple[Tensor, Any]:
-    backbone, head = model.base_model, model.get_output_embeddings()
-    outputs = backbone(input_ids=row.ids_1T, position_ids=row.positions_1T, use_cache=False, **wanted)
-    hidden_NH = outputs[0][0, row.predict_at_N]
-    return cross_entropy_sum(hidden_NH, head.weight, row.labels_N, head.bias), outputs
+    outputs = model.base_model(input_ids=row.ids_1T, position_ids=row.positions_1T, use_cache=False, **wanted)
+    return head_loss(model, outputs[0][0, row.predict_at_N], row.labels_N), outputs
 
 
 def train_step(

@@ -22,7 +22,7 @@ from peft import PeftModel
 
 from tune.adapters.lora import adapter_parameters
 from tune.data.batches import Order, deal
-from tune.data.encode import Examples
+from tune.data.examples import Examples
 from tune.errors import RunError, StoppedError, UntrustworthyError
 from tune.evaluation.loss import held_out_loss, rows_of
 from tune.folder import RunFolder
@@ -189,7 +189,7 @@ class Trainer:
         self.job.progress.warn(f"step {state.step}: loss {result.loss}, gradient norm {result.grad_norm}: not applied")
         if state.bad_steps >= limit:
             examples = self.order.step(state.step - 1)
-            where = ", ".join(self.job.train.where[i] for i in examples[:3])
+            where = ", ".join(self.job.train.where(i) for i in examples[:3])
             raise UntrustworthyError(
                 f"{self.job.run.root}: the loss diverged: {limit} steps in a row, the last of them step {state.step} "
                 f"(rows such as {where}), had no finite loss or gradient. Nothing of them was saved. "
