@@ -6,6 +6,7 @@
     │   ├── DataError          the data: files, rows, formats, templates, tokenizers
     │   ├── ModelError         the base model or adapter: not found, not permitted, not supported
     │   └── RunError           the run folder: exists, locked, unwritable, does not match on resume
+    │       └── ElsewhereError another process of the run failed, and has said why
     ├── UntrustworthyError     exit 3: finished, but the result cannot be trusted (the loss diverged)
     └── StoppedError           exit 130 or 143: a signal ended the run after a checkpoint
 
@@ -59,6 +60,10 @@ class ModelError(UserError):
 
 class RunError(UserError):
     """The run folder cannot be used: it exists, is locked, is unwritable or belongs to another recipe."""
+
+
+class ElsewhereError(RunError):
+    """Another process of the same run failed, and has said why."""
 
 
 class UntrustworthyError(TuneError):

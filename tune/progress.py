@@ -35,3 +35,12 @@ class Progress:
 
     def checkpoint(self, step: int) -> None:
         """A checkpoint of `step` is on the disk."""
+
+
+def size(count: float) -> str:
+    """Bytes in words: 3.3 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

@@ -70,6 +70,8 @@ def train(recipe: Recipe, resume: bool = False, progress: Progress | None = None
     """
     from tune.progress import Progress
     from tune.training.devices import Devices
+    from tune.training.resume import check_alike
+    from tune.training.together import ending_together
 
     refused = refusals(recipe)
     if refused:
@@ -77,9 +79,11 @@ def train(recipe: Recipe, resume: bool = False, progress: Progress | None = None
     assert recipe.output is not None
     run, devices = RunFolder(Path(recipe.output)), Devices()
     heard = progress if progress is not None and devices.is_main else Progress()
-    with explain_os_errors(run.root), ExitStack() as held:
-        devices.first(lambda: held.enter_context(run.lock()))
-        return _train_locked(recipe, resume, run, devices, heard)
+    with ending_together(devices.rank, devices.processes, str(run.root)):
+        check_alike(devices, recipe, resume)
+        with explain_os_errors(run.root), ExitStack() as held:
+            devices.first(lambda: held.enter_context(run.lock()))
+            return _train_locked(recipe, resume, run, devices, heard)
 
 
 def _train_locked(recipe: Recipe, resume: bool, run: RunFolder, devices: Devices, progress: Progress) -> FinishedRun:
@@ -89,6 +93,7 @@ def _train_locked(recipe: Recipe, resume: bool, run: RunFolder, devices: Devices
     from tune.export.push import check_push, push_command
     from tune.models.hub import fingerprint_base, read_config
     from tune.models.load import check_supported
+    from tune.models.sharding import local_bytes
     from tune.training.metrics import check_trackers
     from tune.training.optimizer import check_optimizer
     from tune.training.provenance import remember
@@ -133,12 +138,13 @@ def _train_locked(recipe: Recipe, resume: bool, run: RunFolder, devices: Devices
     devices.wait()  # nobody changes the folder while another process still reads it
 
     base, adapted, coverage, rows = _adapt(recipe, data, words, state, start, devices, progress)
+    local = devices.agree(local_bytes(base.model)) if devices.sharded else None
     fingerprints = (data.fingerprint, base_fingerprint)
     job = Job(recipe, run, adapted, data.train, data.eval, *fingerprints, base.packs, rows, devices, progress)
     trainer = Trainer(job, state.step if state is not None else None)
     devices.first(lambda: _begin(run, recipe, data, coverage, trainer.state.step))
     devices.first(lambda: remember(run, recipe, data, words, base_fingerprint))
-    _tell(progress, data, words, coverage, base, trainer)
+    _tell(progress, data, words, coverage, local, base, trainer)
 
     state = trainer.run()
     result = _result(recipe, run, state, data.eval is not None, devices)
@@ -182,10 +188,15 @@ def _adapt(
     from tune.planning.memory import RowPlan, keep_automatic, plan_rows
 
     name = recipe.model.base
+    if devices.sharded and words.ids:
+        raise RecipeError(
+            "data.add_tokens: rows of a vocabulary that is split over devices do not train in this version. Launch "
+            "with --multi_gpu, which holds the base on each device, or choose a template whose tokens the base has."
+        )
     parts = [part for part in (data.train, data.eval) if part is not None]
     longest = max(int(part.lengths.max()) for part in parts)
     with progress.phase("loading the base"):
-        base = load_base(recipe.model, devices.device)
+        base = load_base(recipe.model, devices.device, sharded=devices.sharded)
         grow_vocabulary(base, name, words.ids)
     check_vocabulary(base, name, max(part.largest_id for part in parts))
     check_length(base.config, name, longest)
@@ -194,13 +205,21 @@ def _adapt(
     if start is not None:
         read_adapter(start, adapted)
     coverage = check_coverage(base.model, claimed, recipe.model.quantization, words.ids)
-    rows = plan_rows(recipe.train, base.config, longest, base.model.dtype, devices.device)
+    rows = _smallest(plan_rows(recipe.train, base.config, longest, base.model.dtype, devices.device), devices)
     if state is not None:
         rows = keep_automatic(recipe.train, rows, RowPlan(state.row_tokens, state.recompute))
     if rows.recompute == "full":
         recompute_activations(base.model)
     keep_activations(adapted, "activations" if rows.recompute == "none" else "inputs")
     return base, adapted, coverage, rows
+
+
+def _smallest(rows: RowPlan, devices: Devices) -> RowPlan:
+    """What fits on every device, where they have unequal memory free."""
+    from tune.planning.memory import RECOMPUTED, RowPlan
+
+    ways = list(RECOMPUTED)
+    return RowPlan(-devices.agree(-rows.row_tokens), ways[devices.agree(ways.index(rows.recompute))])
 
 
 def _already(run: RunFolder, finished: dict[str, Any]) -> FinishedRun:
@@ -229,11 +248,21 @@ def _begin(run: RunFolder, recipe: Recipe, data: Data, coverage: Coverage, step:
 
 
 def _tell(
-    progress: Progress, data: Data, words: Prepared, coverage: Coverage, base: LoadedBase, trainer: Trainer
+    progress: Progress,
+    data: Data,
+    words: Prepared,
+    coverage: Coverage,
+    local: int | None,
+    base: LoadedBase,
+    trainer: Trainer,
 ) -> None:
-    """The start-up table, and what a user should know before the first step."""
+    """The start-up table, and what a user should know before the first step.
+
+    `local` is the most that a device holds of a base that is split over them, in bytes.
+    """
     from tune.data.added_tokens import describe
     from tune.planning.memory import RECOMPUTED
+    from tune.progress import size
 
     job = trainer.job
     report = data.report
@@ -245,6 +274,8 @@ def _tell(
     if job.recipe.data.add_tokens:
         progress.line(describe(words.added))
     progress.line(job.devices.line)
+    if local is not None:
+        progress.line(f"local {size(local)} a device")
     for line in coverage.lines:
         progress.line(line)
     progress.line(f"attention {base.attention}, {'packed' if job.packs else 'one example a row'}")

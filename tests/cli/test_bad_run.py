@@ -127,7 +127,6 @@ def test_an_existing_run_keeps_every_byte(
 @pytest.mark.parametrize(
     ("variable", "value", "words"),
     [
-        ("ACCELERATE_USE_FSDP", "true", "asks for FSDP"),
         ("ACCELERATE_USE_DEEPSPEED", "true", "asks for DeepSpeed"),
         ("WORLD_SIZE", "2", "WORLD_SIZE=2, accelerate counts 1"),
         ("WORLD_SIZE", "two", "WORLD_SIZE=two"),

@@ -20,7 +20,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.distributed.ranks import finish, start
+from tests.distributed.ranks import finish, start_work
 from tests.tiny import VOCABULARY, write_model
 from tests.training.jobs import tiny_recipe
 from tune.adapters.lora import adapter_parameters, attach
@@ -179,7 +179,7 @@ def run_matrix(folder: Path, cases: dict[str, tuple[str, dict[str, Any], dict[st
         assert devices.line == "devices 2 ddp"
         measure(subjects, devices, folder / f"rank{rank}.safetensors")
 
-    children = start(work, 2, folder / "log")
+    children = start_work(work, 2, folder / "log")
     measure(subjects, Devices(), folder / "alone.safetensors")
     assert finish(children) == [0, 0], (folder / "log.0").read_text() + (folder / "log.1").read_text()
     return [load_file(folder / f"{name}.safetensors") for name in ("alone", "rank0", "rank1")]

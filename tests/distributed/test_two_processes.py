@@ -11,31 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from tests.distributed.ranks import finish, free_port, start
+from tests.distributed.ranks import compare, free_port, launch, logged
 from tests.training.jobs import tiny_recipe, write_rows
-from tune.cli.main import _run
 from tune.run import train
 from tune.training import trainer
-
-
-def relative(ours: torch.Tensor, reference: torch.Tensor) -> float:
-    ours, reference = ours.detach().double(), reference.detach().double()
-    return float((ours - reference).norm() / reference.norm())
-
-
-def launch(arguments: list[str], count: int, log: Path) -> list[int]:
-    """Run `tune` with these arguments in `count` ranks, and return their exit codes."""
-    return finish(start(lambda _: _run(arguments), count, log))
-
-
-def compare(one: Path, two: Path) -> None:
-    reference = load_file(one / "adapter" / "adapter_model.safetensors")
-    ours = load_file(two / "adapter" / "adapter_model.safetensors")
-    assert ours.keys() == reference.keys()
-    for name, tensor in reference.items():
-        assert relative(ours[name], tensor) < 1e-4, name
 
 
 def test_two_processes_train_the_adapter_of_one(tmp_path: Path) -> None:
@@ -79,10 +59,6 @@ def test_two_processes_balance_routers_by_the_load_of_both(tmp_path: Path, batch
     states = (tmp_path / name / "checkpoints/step-000003/state.json" for name in ("one", "two"))
     one, two = (json.loads(state.read_text())["expert_counts"] for state in states)
     assert [sum(layer) for layer in two] == [sum(layer) for layer in one]
-
-
-def logged(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_processes_share_the_evaluation_and_the_first_alone_writes(

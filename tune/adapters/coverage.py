@@ -19,6 +19,7 @@ from tune.adapters.router import routers
 from tune.adapters.token_rows import trained_wrappers, unwrapped
 from tune.errors import ModelError
 from tune.models.experts import STACKS, NF4Experts, expert_modules
+from tune.models.sharding import quant_state_of, state_tensors
 
 Part = Literal["linear", "experts", "router"]
 
@@ -90,18 +91,20 @@ class Coverage:
 
 
 def _stored_bytes(modules: Iterable[nn.Module]) -> int:
-    """Bytes of the modules' own frozen weights and quantisation constants; a tied weight counts once."""
+    """Bytes of the modules' own frozen weights and quantisation constants, over all devices that they are split over.
+
+    A tied weight counts once.
+    """
     seen: set[int] = set()
     total = 0
     for module in modules:
         for key, parameter in module.named_parameters(recurse=False):
-            state = module.state_of(key) if isinstance(module, NF4Experts) else getattr(parameter, "quant_state", None)
+            state = quant_state_of(module, key)
             held: list[Tensor] = [] if parameter.requires_grad else [parameter]
-            if state is not None:
-                held += [state.absmax] + ([state.state2.absmax] if state.nested else [])
+            held += state_tensors(state) if state is not None else []
             for tensor in held:
-                if tensor.data_ptr() not in seen:
-                    seen.add(tensor.data_ptr())
+                if id(tensor) not in seen:
+                    seen.add(id(tensor))
                     total += tensor.numel() * tensor.element_size()
     return total
 
@@ -138,7 +141,7 @@ class _Inventory:
         return [
             name
             for name, module in self.layers.items()
-            if not (isinstance(module, bnb.nn.Linear4bit) and getattr(module.weight, "quant_state", None) is not None)
+            if not (isinstance(module, bnb.nn.Linear4bit) and quant_state_of(module) is not None)
         ] + [name for name, module in self.experts.items() if None in _states(module)]
 
     def trains(self, name: str, rank: int) -> bool:

@@ -24,6 +24,7 @@ from tune.errors import ModelError, did_you_mean
 from tune.kernels.nf4_linear import nf4_lora_linear
 from tune.models.catalog import KINDS, family_of, target_suffixes
 from tune.models.load import LoadedBase
+from tune.models.sharding import quant_state_of
 from tune.recipe import schema
 
 ADAPTER = "default"
@@ -67,7 +68,7 @@ class NF4LoraLinear(PeftLinear4bit):  # type: ignore[misc]
         return nf4_lora_linear(
             x,
             base.weight,
-            base.weight.quant_state,
+            quant_state_of(base),
             base.bias,
             self.lora_A[name].weight,
             self.lora_B[name].weight,

@@ -18,6 +18,7 @@ from torch.func import functional_call
 
 from tune.adapters.expert_lora import NeverMergedWrapper, plain_name
 from tune.models.experts import expert_modules
+from tune.models.sharding import whole
 
 
 class ParamWrapper(NeverMergedWrapper):
@@ -43,7 +44,7 @@ class TrainedRouter(nn.Module):
         super().__init__()
         weight = router.weight
         assert isinstance(weight, Tensor)
-        self.weight = nn.Parameter(weight.detach().float().clone())
+        self.weight = nn.Parameter(whole(weight.detach()).float().clone())
         self._frozen = (router,)  # in a tuple, so that it is not saved twice
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from tune import __version__
-from tune.errors import StoppedError, TuneError
+from tune.errors import ElsewhereError, StoppedError, TuneError
 
 app = typer.Typer(
     name="tune",
@@ -206,6 +206,19 @@ def _usage(error: Any) -> str:
     return f"{verb}: {words}{'' if words.endswith(('.', '?')) else '.'} See `{verb} --help`."
 
 
+def _says(error: TuneError) -> bool:
+    """Whether this process is the one to print an error: of those that a launcher started one does."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return True
+    if isinstance(error, ElsewhereError) or (isinstance(error, StoppedError) and int(os.environ.get("RANK", "0"))):
+        return False
+    if "torch" not in sys.modules:  # the processes have not met yet
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+    from tune.training.together import first_to_say
+
+    return first_to_say(str(error))
+
+
 def _run(arguments: list[str] | None) -> int:
     if not sys.warnoptions:
         # Libraries warn each other's developers; what a user should know is said by tune itself.
@@ -224,7 +237,7 @@ def _run(arguments: list[str] | None) -> int:
     except TuneError as error:
         from tune.export.secrets import redact  # a secret may stand in a path, or in what a library said
 
-        if not (isinstance(error, StoppedError) and int(os.environ.get("RANK", "0"))):
+        if _says(error):
             print(redact(str(error)), file=sys.stderr)
         return error.exit_code
     except _UsageError as error:

@@ -20,16 +20,7 @@ from rich.progress import (
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from tune.progress import Progress
-
-
-def size(count: float) -> str:
-    """Bytes in words: 3.3 GB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
+from tune.progress import Progress, size
 
 
 class ConsoleProgress(Progress):

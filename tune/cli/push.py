@@ -85,7 +85,7 @@ def push(
 
 def _show(publication: Publication) -> None:
     """Print everything that a push would send."""
-    from tune.cli.progress import size
+    from tune.progress import size
 
     kind = "the merged model and its adapter" if publication.kind == "merged" else "the adapter"
     _say(f"would publish {kind} of {publication.source} as {publication.repo}")

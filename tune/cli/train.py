@@ -152,7 +152,7 @@ def train(recipe_path: str, overrides: list[str], resume: bool, quiet: bool) -> 
 
 
 def _summarise(result: FinishedRun) -> None:
-    from tune.cli.progress import size
+    from tune.progress import size
 
     if result.already:
         print(f"already finished: {result.steps} steps, the adapter is in {result.adapter}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ def held_out_loss(
     rank: int = 0,
     count: int = 1,
     sum_over: Callable[[Tensor], Tensor] = lambda values: values,
+    together: Callable[[Iterable[Row]], Iterable[tuple[Row, bool]]] = lambda rows: ((row, True) for row in rows),
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> float:
     """Return the mean loss in nats; the model is left in the mode it was in.
@@ -48,6 +49,7 @@ def held_out_loss(
         packs: whether examples may share a row.
         device: where the model is.
         rank, count, sum_over: this process among others, and the sum over them.
+        together: yields rows, and whether they count, so that every process has as many as it must.
         on_progress: called with (examples done, examples of this process).
     """
     training = model.training
@@ -55,11 +57,13 @@ def held_out_loss(
     total = torch.zeros(2, dtype=torch.float64, device=device)
     mine = range(rank, len(examples), count)
     try:
-        for start in range(0, len(mine), _GROUP):
+        for start in range(0, -(-len(examples) // count), _GROUP):  # as many groups for each process
             group = mine[start : start + _GROUP]
-            for row in rows_of(examples, group, row_tokens, packs, device):
-                if len(row.labels_N):
-                    total[0] += row_loss(model, row)
+            rows = (row for row in rows_of(examples, group, row_tokens, packs, device) if len(row.labels_N))
+            for row, counts in together(rows):
+                loss = row_loss(model, row)
+                if counts:
+                    total[0] += loss
                     total[1] += len(row.labels_N)
             on_progress(min(start + _GROUP, len(mine)), len(mine))
     finally:

@@ -22,6 +22,7 @@ from tune.errors import ModelError
 from tune.models.attention import settle_attention
 from tune.models.catalog import FAMILIES, family_of, is_mixture
 from tune.models.hub import local_folder, quiet_transformers, read_config
+from tune.models.sharding import quant_state_of, within
 from tune.recipe import schema
 
 
@@ -62,13 +63,16 @@ def check_supported(section: schema.Model, config: Any) -> None:
         )
 
 
-def load_base(section: schema.Model, device: torch.device, storage: torch.dtype = torch.uint8) -> LoadedBase:
+def load_base(
+    section: schema.Model, device: torch.device, storage: torch.dtype = torch.uint8, sharded: bool = False
+) -> LoadedBase:
     """Load `section.base` onto `device`, in NF4 with double quantisation or as it is.
 
     Args:
         section: the recipe's `model`.
         device: where the weights go.
-        storage: the dtype that packed bytes are kept in: bfloat16 where FSDP shards them, else uint8.
+        storage: the dtype that packed bytes are kept in, where they are not sharded.
+        sharded: split the base over all processes, which call this together.
 
     Raises:
         ModelError: the base cannot be found, read, permitted or used; nothing is left half loaded.
@@ -86,6 +90,8 @@ def load_base(section: schema.Model, device: torch.device, storage: torch.dtype 
         quantization = NF4Config(dtype, storage)
     # Dense experts run through our op: transformers' own do not work at every size on every device.
     experts = {"experts_implementation": IMPLEMENTATION} if is_mixture(config) else {}
+    if sharded:
+        return _checked(section, config, _load_sharded(section, config, device, experts), device)
     try:
         with quiet_transformers():
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -110,6 +116,20 @@ def load_base(section: schema.Model, device: torch.device, storage: torch.dtype 
     except _CONTRADICTIONS as error:
         raise ModelError(_unbuildable(section.base, error)) from error
     _check_complete(section.base, info, model)
+    return _checked(section, config, model, device)
+
+
+def _load_sharded(section: schema.Model, config: Any, device: torch.device, options: dict[str, Any]) -> Any:
+    from tune.models.sharded_load import load_sharded
+
+    try:
+        return load_sharded(section, config, device, options)
+    except _CONTRADICTIONS as error:
+        raise ModelError(_unbuildable(section.base, error)) from error
+
+
+def _checked(section: schema.Model, config: Any, model: Any, device: torch.device) -> LoadedBase:
+    """Freeze a loaded model, make certain of what its loader leaves open, and find out what training goes by."""
     _check_experts(section.base, model)
     model.requires_grad_(False)
     model.eval()
@@ -198,7 +218,7 @@ def _misshapen(model: torch.nn.Module) -> set[str]:
                 if state is None or tuple(state.shape) != module.shape_of(stack):
                     found.add(f"{name}.{stack}")
         if isinstance(module, bnb.nn.Linear4bit):
-            state = getattr(module.weight, "quant_state", None)
+            state = quant_state_of(module)
             if state is not None and tuple(state.shape) != (module.out_features, module.in_features):
                 found.add(f"{name}.weight")
     return found
@@ -293,7 +313,9 @@ def _check_head(base: str, model: Any) -> None:
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     ids = torch.arange(min(8, embedding.shape[0]), device=embedding.device)[None]
     whole = model(input_ids=ids, use_cache=False).logits.float()
-    plain = head(model.base_model(input_ids=ids, use_cache=False)[0]).float() if head is not None else whole * 0
+    plain = whole * 0
+    if head is not None:
+        plain = within(model, lambda: head(model.base_model(input_ids=ids, use_cache=False)[0])).float()
     if float((whole - plain).norm()) > 0.01 * float(whole.norm()):
         raise ModelError(
             f"model.base: {base} ({model.config.model_type}) scales or caps its logits, which this version does not "

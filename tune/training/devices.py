@@ -7,13 +7,16 @@ Ranks need not have the same number of rows, and one may have none.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from tune.errors import RunError, UserError
+from tune.data.collate import Row
+from tune.errors import ElsewhereError, RunError, UserError
+from tune.training.together import introduction
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -28,18 +31,21 @@ class Devices:
         Raises:
             RunError: the launcher asked for something that this version does not do, or that does not add up.
         """
-        for variable, what in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
-            if os.environ.get(variable, "").lower() in ("1", "true"):
-                raise RunError(
-                    f"accelerate launch: its configuration asks for {what}, which this version does not use. "
-                    "Launch with --multi_gpu: each device holds the packed base, and only the adapter's gradients meet."
-                )
+        if _asked("ACCELERATE_USE_DEEPSPEED"):
+            raise RunError(
+                "accelerate launch: its configuration asks for DeepSpeed, which this version does not use. Launch with "
+                "--multi_gpu, where each device holds the packed base and only the adapter's gradients meet, or with "
+                "--use_fsdp --fsdp_version 2, which splits the base over the devices as ZeRO stage 3 does."
+            )
         from accelerate import Accelerator
 
-        self.accelerator: Accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        with _without(_FSDP):  # the base is split by us, and accelerate is not to wrap it
+            self.accelerator: Accelerator = Accelerator(cpu=not torch.cuda.is_available())
         self.rank = self.accelerator.process_index
         self.count = self.accelerator.num_processes
         self.device: torch.device = self.accelerator.device
+        self.sharded = _asked(_FSDP) and self.count > 1
+        """Whether the base is split over the devices, so that all must run as many rows."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         asked = os.environ.get("WORLD_SIZE", "1")
@@ -49,6 +55,8 @@ class Devices:
                 "processes. They would train apart. On CPUs launch with ACCELERATE_USE_CPU=true accelerate launch "
                 f"--multi_gpu --num_processes {asked}."
             )
+        self.processes = self.gather(introduction())
+        """Each process by its machine and number, so that one that is gone can be told."""
 
     @property
     def is_main(self) -> bool:
@@ -57,12 +65,26 @@ class Devices:
     @property
     def line(self) -> str:
         """The literal line of the start-up table."""
-        return f"devices {self.count}" + (" ddp" if self.count > 1 else "")
+        return f"devices {self.count}" + ("" if self.count == 1 else " fsdp2" if self.sharded else " ddp")
 
     @property
     def unused_gpus(self) -> int:
         """GPUs here that this run leaves idle because it was started without a launcher."""
         return torch.cuda.device_count() - 1 if self.count == 1 and self.device.type == "cuda" else 0
+
+    def together(self, rows: Iterable[Row]) -> Iterator[tuple[Row, bool]]:
+        """Yield this process's rows; where the base is sharded, then as many idle ones as another process has more.
+
+        With each comes whether it counts. The layers of a sharded base are gathered by all processes at once, so each
+        must run as many rows as any other, forwards and backwards.
+        """
+        if not self.sharded:
+            yield from ((row, True) for row in rows)
+            return
+        mine = list(rows)
+        idle = self.agree(len(mine)) - len(mine)
+        yield from ((row, True) for row in mine)
+        yield from ((_idle(self.device), False) for _ in range(idle))
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Replace every gradient by its sum over the processes, in one transfer. A missing gradient counts as zero."""
@@ -101,8 +123,43 @@ class Devices:
             except UserError as caught:
                 error = caught
         if self.agree(1 if error else 0):
-            raise error or RunError(f"process {self.rank}: the first process cannot start; its message says why.")
+            raise error or ElsewhereError(f"process {self.rank}: the first process cannot go on; its message says why.")
+
+    def gather(self, text: str) -> list[str]:
+        """Return the text of every process, in their order."""
+        if self.count == 1:
+            return [text]
+        data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(self.device)
+        padded = torch.zeros(self.agree(len(data)), dtype=torch.uint8, device=self.device)
+        padded[: len(data)] = data
+        all_padded = [torch.empty_like(padded) for _ in range(self.count)]
+        torch.distributed.all_gather(all_padded, padded)
+        return [bytes(each.tolist()).rstrip(b"\0").decode() for each in all_padded]
 
     def wait(self) -> None:
         """Return when every process has come here."""
         self.accelerator.wait_for_everyone()
+
+
+_FSDP = "ACCELERATE_USE_FSDP"
+"""What accelerate's launcher sets where its configuration asks for FSDP; on a CPU it does no more than that."""
+
+
+def _asked(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true")
+
+
+@contextmanager
+def _without(variable: str) -> Iterator[None]:
+    value = os.environ.pop(variable, None)
+    try:
+        yield
+    finally:
+        if value is not None:
+            os.environ[variable] = value
+
+
+def _idle(device: torch.device) -> Row:
+    """Return the shortest row that goes through all of a model: two tokens of which one is to be predicted."""
+    zero = torch.zeros(1, dtype=torch.int64, device=device)
+    return Row(torch.zeros(1, 2, dtype=torch.int64, device=device), torch.arange(2, device=device)[None], zero, zero)

@@ -6,6 +6,7 @@ tracking, how a step is laid out) and for a longer training, whose schedule is d
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from tune.errors import RunError
@@ -14,6 +15,7 @@ from tune.progress import Progress
 from tune.recipe.load import load_recipe
 from tune.recipe.schema import Recipe
 from tune.training.checkpoint import TrainingState, machine_differences, newest_whole, read_state
+from tune.training.devices import Devices
 
 MAY_CHANGE = (
     "output",
@@ -49,6 +51,30 @@ def check_same(run: RunFolder, recipe: Recipe) -> bool:
     if problems:
         raise RunError(problems)
     return longer
+
+
+def check_alike(devices: Devices, recipe: Recipe, resume: bool) -> None:
+    """Refuse processes that were started with different recipes: they would wait for each other for ever.
+
+    Raises:
+        RunError: each key that differs; the same on every process.
+    """
+    said = devices.gather(json.dumps({**_flat(recipe.model_dump(mode="json")), "--resume": resume}))
+    first, *others = (json.loads(text) for text in said)
+    problems = []
+    for number, other in enumerate(others, start=1):
+        problems += [
+            f"accelerate launch: process {number} has {key}: {_word(other, key)}, process 0 has {_word(first, key)}. "
+            "Start every process with the same recipe and overrides."
+            for key in sorted(first.keys() | other.keys())
+            if first.get(key) != other.get(key)
+        ]
+    if problems:
+        raise RunError(problems)
+
+
+def _word(values: dict[str, Any], key: str) -> str:
+    return json.dumps(values[key]) if key in values else "nothing"
 
 
 def check_sources(run: RunFolder, data: str, base: str) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tune.adapters.token_rows import head_loss
 from tune.data.collate import Row
+from tune.models.sharding import within
 from tune.training.devices import Devices
 from tune.training.router_balance import RouterLoad, StepBalance
 
@@ -50,8 +51,21 @@ def row_loss_and_router_logits(model: Any, row: Row) -> tuple[Tensor, tuple[Tens
 
 
 def _forward(model: Any, row: Row, **wanted: bool) -> tuple[Tensor, Any]:
-    outputs = model.base_model(input_ids=row.ids_1T, position_ids=row.positions_1T, use_cache=False, **wanted)
-    return head_loss(model, outputs[0][0, row.predict_at_N], row.labels_N), outputs
+    def forward() -> tuple[Tensor, Any]:
+        outputs = model.base_model(input_ids=row.ids_1T, position_ids=row.positions_1T, use_cache=False, **wanted)
+        return head_loss(model, outputs[0][0, row.predict_at_N], row.labels_N), outputs
+
+    return within(model, forward)
+
+
+def _idle_row(model: Any, row: Row, parameters: Sequence[nn.Parameter]) -> None:
+    """Take part in another process's row where layers are gathered by all, and leave no trace of it."""
+    gradients = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    torch.autograd.backward(row_loss(model, row))
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
 
 
 def train_step(
@@ -77,7 +91,10 @@ def train_step(
         balance: this step's, of a mixture of experts.
     """
     total = torch.zeros((), device=devices.device)
-    for row in rows:
+    for row, counts in devices.together(rows):
+        if not counts:
+            _idle_row(model, row, parameters)
+            continue
         if balance is None:
             loss = objective = row_loss(model, row) / trained_tokens
         else:

@@ -217,6 +217,7 @@ class Trainer:
                 job.devices.rank,
                 job.devices.count,
                 job.devices.sum,
+                job.devices.together,
                 advance,
             )
 
