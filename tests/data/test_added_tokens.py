@@ -86,3 +86,24 @@ def test_a_token_that_is_there_as_text_keeps_its_id_and_needs_no_row(tmp_path: P
 def test_what_is_said_of_it() -> None:
     assert describe({}) == "added tokens none: the tokenizer has all that the templates write"
     assert describe({"<a>": 5, "<b>": 6}) == "added tokens <a> 5, <b> 6"
+
+
+def test_what_a_template_in_jinja_needs_is_not_known(tmp_path: Path, base: Path) -> None:
+    path = str(tmp_path / "own.jinja")
+    unknown = f"which control tokens template {path} writes is not known, so none is added for it"
+    own = prepare_tokenizer(recipe(tmp_path, base, data__template=path)).added
+    assert own == {}
+    assert describe(own) == f"added tokens none: {unknown}"
+    sources = [{"path": str(tmp_path / "train.jsonl"), "template": "chatml"}]
+    both = prepare_tokenizer(recipe(tmp_path, base, data__template=path, data__train=sources)).added
+    assert describe(both) == f"added tokens <|im_start|> 326, <|im_end|> 327; {unknown}"
+    nothing = "added tokens none: the tokenizer has all that the templates write"
+    assert describe(prepare_tokenizer(recipe(tmp_path, base, data__template="auto")).added) == nothing, "it is alpaca"
+
+
+def test_what_the_tokenizers_own_template_needs_is_not_known(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", "mistral")
+    (base / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    for name in ("tokenizer", "auto"):
+        said = describe(prepare_tokenizer(recipe(tmp_path, base, data__template=name)).added)
+        assert said.startswith(f"added tokens none: which control tokens template {name} writes is not known")

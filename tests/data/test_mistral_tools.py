@@ -11,6 +11,7 @@ from tests.data.conftest import LOOKALIKES, PIECES
 from tests.data.test_mistral_parity import reference
 from tests.data.test_templates import encoder, prompt_ids, rendered, trained_characters
 from tune.data.conversation import BadRowError, Conversation, Message
+from tune.data.formats import FORMATS
 from tune.data.templates import TEMPLATES
 from tune.data.templates.jinja_template import JinjaTemplate
 from tune.data.templates.resolve import resolve_template
@@ -228,3 +229,20 @@ def test_other_templates_refuse_tools_by_name(name):
     calling = (Message("user", "x"), Message("assistant", "", extra=call_of(name="f")))
     with pytest.raises(BadRowError, match=f"calls tools, which template {name} has no way to write"):
         TEMPLATES[name].segments(Conversation(calling))
+    with pytest.raises(BadRowError, match="mistral-v2 and mistral-v3 have"):
+        TEMPLATES[name].segments(Conversation(calling))
+
+
+@pytest.mark.parametrize(("name", "fixture", "version"), CASES)
+def test_sharegpt_without_ids_is_written_as_mistral_common_writes_it(name, fixture, version, request):
+    tokenizer = request.getfixturevalue(fixture)
+    call = json.dumps({"name": "weather", "arguments": {"place": "Oslo"}})
+    turns = ("human", "Rain?"), ("function_call", call), ("observation", '{"rain": true}'), ("gpt", "Yes.")
+    row = {"conversations": [{"from": who, "value": what} for who, what in turns], "tools": [WEATHER]}
+    (conversation,) = FORMATS["sharegpt"].parse(row)
+    template = resolve_template(name, tokenizer)
+    segments = template.segments(conversation)
+    expected = reference_ids(reference(version), conversation)
+    assert encoder(tokenizer).encode([segments])[0].ids.tolist() == expected
+    text = "".join(segment.text for segment in segments)
+    assert ('"call_id": "call00001"' in text, '"name": "weather", "content"' in text) == (version == 3, version == 2)

@@ -270,3 +270,81 @@ def test_the_warning_is_one_of_the_report(tmp_path):
     assert sum("template alpaca writes prompts otherwise" in line for line in warned) == 1
     silent = load_data(tiny_recipe(tmp_path, base=base, data__template="auto"), tokenizer).report.warnings()
     assert not any("otherwise" in line for line in silent)
+
+
+NOT_LOOKING = CHATML_OWN
+CALL_TIDE = {"function": {"name": "tide", "arguments": {}}}
+OFFERED = ({"type": "function", "function": {"name": "tide", "parameters": {}}},)
+
+
+def asked(*after: Message, question: str = "When is the tide?") -> tuple[Message, ...]:
+    return (Message("user", question), *after)
+
+
+CALLED = Message("assistant", "", extra={"tool_calls": [CALL_TIDE]})
+TWICE = Message("assistant", "", extra={"tool_calls": [CALL_TIDE, {"function": {"name": "moon", "arguments": {}}}]})
+RETURNED = asked(CALLED, Message("tool", "noon"), Message("assistant", "At noon."))
+WHEN = asked(Message("assistant", "Noon."))
+
+
+@pytest.mark.parametrize(
+    ("jinja", "conversation", "lost"),
+    [
+        (NOT_LOOKING, Conversation(WHEN, OFFERED), "the tools of"),
+        (NOT_LOOKING, Conversation(asked(CALLED)), "the tool calls of"),
+        (NOT_LOOKING, Conversation(RETURNED, OFFERED), "the tools and the tool calls of"),
+        (TOOLS_OWN.replace("tool | tojson", "1"), Conversation(RETURNED, OFFERED), None),
+        (TOOLS_OWN.replace("message.tool_calls", "[]"), Conversation(RETURNED, OFFERED), "the tool calls of"),
+        (TOOLS_OWN.replace("{% if tools %}", "{% if false %}"), Conversation(RETURNED, OFFERED), "the tools of"),
+        (TOOLS_OWN.replace("in messages", "in messages if message.role != 'tool'"), Conversation(RETURNED), "results"),
+        (TOOLS_OWN.replace("in message.tool_calls or []", "in (message.tool_calls or [])[:1]"), TWICE, "tool calls"),
+        (
+            TOOLS_OWN.replace("in message.tool_calls or []", "in message.tool_calls or [] if not message.content"),
+            Message("assistant", "I look.", extra=CALLED.extra),
+            "the tool calls of",
+        ),
+        # it refuses the made-up conversation, so the row itself tells
+        ("{% if tools and messages[0].role != 'system' %}{{ raise_exception('no') }}{% endif %}" + NOT_LOOKING,
+         Conversation((Message("system", "s"), *RETURNED), OFFERED), "the tools and the tool calls of"),
+        ("{% if tools and messages[0].role != 'system' %}{{ raise_exception('no') }}{% endif %}" + TOOLS_OWN,
+         Conversation((Message("system", "s"), *RETURNED), OFFERED), None),
+        (TOOLS_OWN, Conversation(RETURNED, OFFERED), None),
+        (NOT_LOOKING, Conversation(WHEN), None),
+    ],
+)  # fmt: skip
+def test_tools_that_a_template_does_not_look_at_are_refused(chatml, tmp_path, jinja, conversation, lost):
+    tokenizer = copy.deepcopy(chatml)
+    tokenizer.chat_template = jinja
+    if isinstance(conversation, Message):
+        conversation = Conversation(asked(conversation))
+    template = resolve_template("tokenizer", tokenizer)
+    for _ in range(2):
+        if lost is None:
+            assert template.segments(conversation)
+            continue
+        with pytest.raises(BadRowError, match=rf"template tokenizer leaves out .*{lost}.*mistral-v2, mistral-v3"):
+            template.segments(conversation)
+
+
+def test_a_file_that_does_not_look_at_tools_refuses_their_rows(tmp_path, mistral_v1):
+    template = resolve_template(own(tmp_path, OWN), mistral_v1)
+    assert template.segments(Conversation(WHEN))
+    with pytest.raises(BadRowError, match=r"own\.jinja leaves out the tools and the tool calls of the conversation"):
+        template.segments(Conversation(RETURNED, OFFERED))
+
+
+def test_a_template_is_asked_once_what_it_writes(chatml, monkeypatch):
+    tokenizer = copy.deepcopy(chatml)
+    tokenizer.chat_template = TOOLS_OWN
+    template = resolve_template("tokenizer", tokenizer)
+    rendered = []
+    render = JinjaTemplate._render
+    monkeypatch.setattr(JinjaTemplate, "_render", lambda *a, **k: rendered.append(1) or render(*a, **k))
+    counts = []
+    for _ in range(3):
+        rendered.clear()
+        template.segments(Conversation(RETURNED, OFFERED))
+        counts.append(len(rendered))
+    assert counts[0] - counts[1] == 4, "the made-up conversation, and once without each part"
+    plain = len(RETURNED)  # the whole, and before and after the first answer, and before the second
+    assert counts[1:] == [plain, plain]

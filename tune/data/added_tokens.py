@@ -7,7 +7,7 @@ the tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,12 +20,20 @@ if TYPE_CHECKING:
     from tune.recipe.schema import Recipe
 
 
+class AddedTokens(dict[str, int]):
+    """Ids of added tokens by name. `unsaid` are the templates in jinja, which do not say what tokens they need."""
+
+    def __init__(self, ids: Mapping[str, int], unsaid: tuple[str, ...] = ()) -> None:
+        super().__init__(ids)
+        self.unsaid = unsaid
+
+
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """A base's tokenizer with what the recipe's templates need, if the recipe adds tokens."""
 
     tokenizer: PreTrainedTokenizerBase
-    added: dict[str, int]
+    added: AddedTokens
     """Tokens that were no part of the vocabulary, by name, in the order of their ids. Each needs a row of its own."""
 
     @property
@@ -43,15 +51,17 @@ def prepare_tokenizer(recipe: Recipe) -> Prepared:
     """
     model = recipe.model
     tokenizer = load_tokenizer(model.base, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    known, added = set(tokenizer.get_vocab()), list[str]()
+    known, added, unsaid = set(tokenizer.get_vocab()), list[str](), list[str]()
     if recipe.data.add_tokens:
         from tune.data.templates import TEMPLATES
 
         for name in dict.fromkeys(_templates(recipe)):
             if name in TEMPLATES:
                 added += add_missing(TEMPLATES[name], tokenizer)
+            elif name != "auto" or tokenizer.chat_template:  # without one, auto is alpaca, of plain text
+                unsaid.append(name)
     ids = {token: int(tokenizer.convert_tokens_to_ids(token)) for token in added if token not in known}
-    return Prepared(tokenizer, dict(sorted(ids.items(), key=lambda item: item[1])))
+    return Prepared(tokenizer, AddedTokens(dict(sorted(ids.items(), key=lambda item: item[1])), tuple(unsaid)))
 
 
 def add_missing(template: Template, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -69,9 +79,13 @@ def add_missing(template: Template, tokenizer: PreTrainedTokenizerBase) -> list[
 
 def describe(added: dict[str, int]) -> str:
     """What a start says of added tokens."""
+    unsaid = " and ".join(getattr(added, "unsaid", ()))
+    if unsaid:
+        unsaid = f"which control tokens template {unsaid} writes is not known, so none is added for it"
     if not added:
-        return "added tokens none: the tokenizer has all that the templates write"
-    return "added tokens " + ", ".join(f"{token} {id}" for token, id in added.items())
+        return f"added tokens none: {unsaid or 'the tokenizer has all that the templates write'}"
+    named = ", ".join(f"{token} {id}" for token, id in added.items())
+    return f"added tokens {named}; {unsaid}" if unsaid else f"added tokens {named}"
 
 
 def _templates(recipe: Recipe) -> Iterator[str]:

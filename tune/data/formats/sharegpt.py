@@ -16,6 +16,7 @@ from tune.data.conversation import Conversation
 from tune.data.formats.fields import label, required_turns
 from tune.data.formats.messages import COLUMNS
 from tune.data.formats.order import in_order
+from tune.data.formats.tools import with_links
 from tune.data.formats.turns import SHAREGPT, is_turns, read_conversation, read_messages
 
 
@@ -45,7 +46,7 @@ class ShareGPT:
         return is_turns(row.get(self.column), SHAREGPT)
 
     def parse(self, row: dict[str, Any]) -> list[Conversation]:
-        """The turns, brought into order (see `order.py`), with the tools that they may call.
+        """The turns, brought into order (see `order.py`), with the tools that they may call (see `with_links`).
 
         Raises:
             BadRowError: a turn lacks `from` or `value`, its speaker is unknown, or tools or calls are malformed.
@@ -53,4 +54,4 @@ class ShareGPT:
         conversation = read_conversation(row, read_messages(required_turns(row, self.column), SHAREGPT))
         if conversation.tools and conversation.has_system and "<tools>" in conversation.messages[0].content:
             conversation = replace(conversation, tools=())
-        return [in_order(conversation)]
+        return [with_links(in_order(conversation))]

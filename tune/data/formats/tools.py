@@ -9,10 +9,12 @@ servers do before they render a template: a template that writes JSON would othe
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import count
 from typing import Any
 
-from tune.data.conversation import BadRowError, check_unicode
+from tune.data.conversation import BadRowError, Conversation, Message, check_unicode
 from tune.data.formats.fields import kind
 
 _PLAIN = (bool, int, float)
@@ -46,6 +48,48 @@ def read_calls(value: object, key: str) -> list[dict[str, Any]]:
             arguments = _parsed_arguments(arguments)
         call["function"]["arguments"] = arguments
     return calls
+
+
+def with_links(conversation: Conversation) -> Conversation:
+    """The conversation with the ids of calls and results, and the names of results, where they are missing.
+
+    The results that follow an answer are those of its calls, in their order, where there are as many and no id or name
+    says otherwise. New ids come from the call's place: nine letters and digits, as Mistral's models write them.
+    """
+    if not any("tool_calls" in message.extra for message in conversation.messages):
+        return conversation
+    messages = list(conversation.messages)
+    known = {message.extra.get("tool_call_id") for message in messages}
+    known |= {call.get("id") for message in messages for call in message.extra.get("tool_calls", ())}
+    fresh = (id for id in (f"call{number:05}" for number in count(1)) if id not in known)
+    for start, message in enumerate(messages):
+        if "tool_calls" not in message.extra:
+            continue
+        end = start + 1
+        while end < len(messages) and messages[end].role == "tool":
+            end += 1
+        messages[start:end] = _linked(message, messages[start + 1 : end], fresh)
+    return replace(conversation, messages=tuple(messages))
+
+
+def _linked(answer: Message, results: list[Message], fresh: Iterator[str]) -> list[Message]:
+    """An answer with calls and what the tools returned, linked; as they are where it is not clear what belongs."""
+    calls = answer.extra["tool_calls"]
+    found = [result.extra for result in results] or [{}] * len(calls)
+    if len(found) != len(calls) or any(map(_contradict, calls, found)):
+        return [answer, *results]
+    ids = [call.get("id") or extra.get("tool_call_id") or next(fresh) for call, extra in zip(calls, found, strict=True)]
+    linked = [{**call, "id": id} for call, id in zip(calls, ids, strict=True)]
+    named = [
+        replace(result, extra={"tool_call_id": id, "name": call["function"]["name"], **result.extra})
+        for result, call, id in zip(results, calls, ids, strict=False)
+    ]
+    return [replace(answer, extra={**answer.extra, "tool_calls": linked}), *named]
+
+
+def _contradict(call: Mapping[str, Any], result: Mapping[str, Any]) -> bool:
+    pairs = (call.get("id"), result.get("tool_call_id")), (call["function"]["name"], result.get("name"))
+    return any(one and other and one != other for one, other in pairs)
 
 
 def passed_on(value: object, key: str) -> Any:

@@ -24,6 +24,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tune.data.conversation import BadRowError, Conversation, Role
+from tune.data.templates.left_out import Messages, Part, Tools, check_nothing_left_out, parts_written
 from tune.data.templates.segment import Segment
 from tune.errors import DataError
 
@@ -46,8 +47,8 @@ Span = tuple[int, int]
 class _Given(NamedTuple):
     """What a template is rendered with, in plain lists and dictionaries."""
 
-    messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]] | None
+    messages: Messages
+    tools: Tools
 
     def without_after(self, count: int) -> _Given:
         return _Given(self.messages[:count], self.tools)
@@ -93,6 +94,11 @@ class JinjaTemplate:
         found = [m.group() for start, end in spans for m in self._control.finditer(text, start, end)]
         return found[-1] if found else None
 
+    @cached_property
+    def _writes(self) -> frozenset[Part]:
+        """Of tools, calls and results, what the template is known to write."""
+        return parts_written(self._text)
+
     def control_tokens(self) -> list[str]:
         """None: which of the strings that it writes ought to be tokens, a template does not say."""
         return []
@@ -128,11 +134,11 @@ class JinjaTemplate:
         """The rendered conversation, cut at the special tokens that the template writes.
 
         Raises:
-            BadRowError: the template refuses these messages, or a special token spelled in a message cannot
-                be told from the template's own.
+            BadRowError: the template refuses these messages, leaves out their tools or calls, or a special token
+                spelled in a message cannot be told from the template's own.
             DataError: the template's prefixes do not allow to find the answers.
         """
-        given = _given(conversation)
+        plain = given = _given(conversation)
         mark = self._mark(given)
         if mark is not None:
             given = self._marked(given, mark, generation_prompt)
@@ -140,6 +146,9 @@ class JinjaTemplate:
             text, spans = self._render(given, generation_prompt=True)
         else:
             text, spans = self._rendered(conversation, given)
+        if any(message.extra or message.role == "tool" for message in conversation.messages) or conversation.tools:
+            written = text.replace(mark, "") if mark else text
+            check_nothing_left_out(self.name, self._text, written, plain, self._writes)
         return list(self._cut(text, spans, mark or ""))
 
     def _rendered(self, conversation: Conversation, given: _Given) -> tuple[str, list[Span]]:
@@ -178,6 +187,9 @@ class JinjaTemplate:
         """Where an answer ends: after its last special token, when only white space follows that."""
         ends = [match.end() for match in self._control.finditer(text, start)]
         return ends[-1] if ends and not text[ends[-1] :].strip() else len(text)
+
+    def _text(self, messages: Messages, tools: Tools) -> str:
+        return self._render(_Given(messages, tools))[0]
 
     def _render(self, given: _Given, *, generation_prompt: bool = False) -> tuple[str, list[Span]]:
         import jinja2

@@ -183,7 +183,10 @@ class MistralV3(WrittenTemplate):
     def _result(self, message: Message) -> list[Segment]:
         id = message.extra.get("tool_call_id")
         if not isinstance(id, str):
-            raise BadRowError(f"a tool's result has no tool_call_id, which template {self.name} writes with it")
+            raise BadRowError(
+                f"a tool's result has no tool_call_id, which template {self.name} writes with it "
+                "(mistral-v2 writes tools without ids)"
+            )
         return self._between("[TOOL_RESULTS]", as_json({"content": read_result(message.content), "call_id": id}))
 
 

@@ -119,8 +119,8 @@ def refuse_tools(conversation: Conversation, name: str) -> None:
     if calls or conversation.tools:
         what = "calls tools" if calls else "offers tools"
         raise BadRowError(
-            f"the conversation {what}, which template {name} has no way to write (mistral-v3 has, and the chat "
-            "template of a base that was tuned for tools)"
+            f"the conversation {what}, which template {name} has no way to write (mistral-v2 and mistral-v3 have, and "
+            "the chat template of a base that was tuned for tools)"
         )
 
 
