@@ -100,6 +100,7 @@ def test_no_value_of_a_column_makes_a_format_do_anything_but_refuse(name: str, v
 
 KEYS = ["messages", "conversations", "role", "content", "from", "value", "instruction", "input", "output", "prompt"]
 KEYS += ["completion", "question", "answer", "context", "text", "instances", "tools", "functions", "system", "weight"]
+KEYS += ["train", "training", "history"]
 KEYS += ["tool_calls", "function_call", "arguments", "name", "type", "function", "x"]
 TEXTS = [
     "",
@@ -236,7 +237,7 @@ def test_the_examples_of_the_page_are_read_as_it_says() -> None:
     assert all(detected(json.loads(row)) == name for name, row in table)
     assert labels.keys() == {*FORMATS, "text (transcripts)", "alpaca (instruction: input, transcripts)"}
     read = [conversation for row in rows for conversation in detect_format([row]).parse(row)]  # type: ignore[union-attr]
-    assert len(read) == len(rows) + 1 == len(table) + 5
+    assert len(read) == len(rows) + 1 == len(table) + 6
     for kind, names in (("question", (*QUESTIONS, "input")), ("answer", ANSWERS), ("system prompt", SYSTEMS)):
         (listed,) = re.findall(rf"^\| the {kind} \| (.*) \|$", page, re.M)
         assert re.findall(r"`(\w+)`", listed) == [*names]

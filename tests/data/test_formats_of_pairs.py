@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -42,6 +43,48 @@ def test_alpaca_reads_each_instance_as_a_conversation() -> None:
     assert reason("alpaca", row) == "instance 2: the answer is empty"
     assert reason("alpaca", {**row, "instances": [3]}) == "instance 1: is a number, not an object"
     assert reason("alpaca", {**row, "instances": []}) == "has no 'output' (it has: instruction, instances)"
+
+
+def test_alpaca_reads_earlier_turns() -> None:
+    row = {"instruction": "c", "input": "d", "output": "e", "system": "s", "history": [["a", "b"], ["x", "y"]]}
+    said = [Message("user", "a"), Message("assistant", "b"), Message("user", "x"), Message("assistant", "y")]
+    last = (Message("user", "c", input="d"), Message("assistant", "e"))
+    assert parse("alpaca", row).messages == (Message("system", "s"), *said, *last)
+    assert [m.trained for m in parse("alpaca", row).last_response_only().messages if m.role == "assistant"] == [
+        False,
+        False,
+        True,
+    ]
+    assert detected(row) == "alpaca"
+    for none in (None, "", []):
+        assert parse("alpaca", {**row, "history": none}).messages == (Message("system", "s"), *last)
+    # No format that would leave it out is taken for it.
+    assert detected({"prompt": "c", "response": "e"}) == "prompt_completion (completion: response)"
+    told = detected({"prompt": "c", "response": "e", "history": [["a", "b"]]})
+    assert told == "alpaca (instruction: prompt, output: response)"
+
+
+@pytest.mark.parametrize(
+    ("history", "said"),
+    [
+        ("a", "'history' is text, not a list of [question, answer]"),
+        ({"a": "b"}, "'history' is an object, not a list of [question, answer]"),
+        (["a", "b"], "item 1 of 'history' is not [question, answer], both text"),
+        ([["a", "b"], ["a"]], "item 2 of 'history' is not [question, answer], both text"),
+        ([["a", None]], "item 1 of 'history' is not [question, answer], both text"),
+        ([["a", " "]], "turn 2, the answer, is empty"),
+    ],
+)
+def test_malformed_earlier_turns_are_refused(history: Any, said: str) -> None:
+    assert reason("alpaca", {"instruction": "c", "output": "e", "history": history}) == said
+
+
+def test_who_names_the_text_means_it() -> None:
+    row = {"instruction": "x", "text": "y"}
+    assert detect_format([row]) is None
+    fmt = detect_format([row], {"text": "output"})
+    assert fmt is not None
+    assert fmt.name == "text"
 
 
 def test_a_context_stands_where_the_input_does() -> None:
@@ -219,6 +262,38 @@ def test_the_map_of_columns_that_is_near_is_said_and_works(row: dict[str, Any], 
 def test_what_else_may_be_wrong_is_said(row: dict[str, Any], said: str) -> None:
     assert detect_format([row]) is None
     assert said in no_format_fits("a.jsonl", [row], {})
+
+
+TURNS = ROWS["messages"]["messages"]
+TABLE = "column by column, as pandas writes them unless told otherwise: save them row by row"
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"data": [ROWS["alpaca"]]}, "Its rows are in its list 'data': save that list by itself."),
+        ({"data": [{"output": "y", "foo": "x"}]}, "Its rows are in its list 'data': save that list by itself."),
+        ({"version": "1", "questions": [ROWS["question_answer"]]}, "Its rows are in its list 'questions': save"),
+        ({"a": [ROWS["messages"]], "b": [ROWS["messages"]]}, "in its lists 'a' and 'b': save each of them by itself."),
+        ({"dialog": [{"speaker": "a", "text": "b"}]}, "Set format: and columns: of the source"),
+        ({"instruction": {"0": "x", "1": "y"}, "output": {"0": "x", "1": "y"}}, TABLE),
+        ({"messages": {"0": TURNS}}, TABLE),
+        ({"instruction": ["x", "y"], "output": ["x", "y"]}, TABLE),
+        ({"messages": [TURNS, TURNS]}, TABLE),
+        ({"messages": json.dumps(TURNS)}, "Its column 'messages' is text in which a list of turns is spelled out"),
+        ({"turns": str(ROWS["sharegpt"]["conversations"])}, "Its column 'turns' is text in which a list of turns"),
+    ],
+)
+def test_rows_saved_otherwise_are_told_what_they_are(row: dict[str, Any], said: str) -> None:
+    assert said in advice([row], {})
+    told = no_format_fits("a.jsonl", [row], {})
+    assert said in told
+    assert "instances:" not in told.partition("Formats:")[0]
+    assert ("Formats: messages needs messages" in told) == said.startswith("Set format:")
+
+
+def test_lists_of_several_rows_are_no_table() -> None:
+    assert TABLE not in advice([{"a": ["x", "y"], "b": ["x", "y"]}] * 2, {})
 
 
 def test_advice_for_a_named_format_names_its_columns() -> None:

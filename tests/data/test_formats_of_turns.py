@@ -79,6 +79,25 @@ def test_weights_of_messages() -> None:
     assert "weight is 0.5" in reason("messages", messages(question, {**answer, "weight": 0.5}))
 
 
+@pytest.mark.parametrize("key", ["train", "training"])
+def test_a_switch_of_a_turn_is_read_like_its_weight(key: str) -> None:
+    question, answer = ROWS["messages"]["messages"]
+    turns = [question, {**answer, key: False}, question, {**answer, key: True}, question, {**answer, key: None}]
+    assert [m.trained for m in parse("messages", messages(*turns)).messages] == [True, False, *[True] * 4]
+    asked, answered = ROWS["sharegpt"]["conversations"]
+    row = {"conversations": [asked, {**answered, key: False}]}
+    assert [m.trained for m in parse("sharegpt", row).messages] == [True, False]
+    agreeing = parse("messages", messages(question, {**answer, key: False, "weight": 0}))
+    assert not agreeing.messages[1].trained
+    for weight, switch in ((1, False), (0, True)):
+        said = reason("messages", messages(question, {**answer, key: switch, "weight": weight}))
+        assert said.endswith(f"trained on and that it is not (weight: {weight}, {key}: {str(switch).lower()})")
+    both = messages(question, {**answer, "train": True, "training": False})
+    assert "(train: true, training: false)" in reason("messages", both)
+    for value, words in ((0, "a number"), ("no", "text"), ([], "a list")):
+        assert f"its {key!r} is {words}; false" in reason("messages", messages(question, {**answer, key: value}))
+
+
 def test_last_response_only() -> None:
     turns = ROWS["messages"]["messages"] * 3
     parsed = parse("messages", messages(*turns)).last_response_only()
@@ -230,7 +249,9 @@ def test_sharegpt_with_calls_as_turns() -> None:
     parsed = parse("sharegpt", sharegpt(*turns, tools=json.dumps([TOOL["function"]]), system="Calculate."))
     assert parsed.tools == (TOOL,)
     assert shape(parsed)[1:] == [("user", "1 + 2?"), ("assistant", ""), ("tool", "3"), ("assistant", "It is 3.")]
-    assert parsed.messages[2].extra == {"tool_calls": [{"type": "function", "function": CALL["function"]}]}
+    linked = {"type": "function", "function": CALL["function"], "id": "call00001"}
+    assert parsed.messages[2].extra == {"tool_calls": [linked]}
+    assert parsed.messages[3].extra == {"tool_call_id": "call00001", "name": "add"}
     assert parsed.mended == ()
     assert reason("sharegpt", sharegpt(("human", "a"), ("function_call", "add(1)"))) == (
         "turn 2: its 'value' is text that is not JSON (Expecting value)"
@@ -244,3 +265,44 @@ def test_tools_that_a_system_message_spells_out_are_not_given_twice() -> None:
     assert parse("sharegpt", spelled).tools == ()
     assert shape(parse("sharegpt", spelled))[2] == ("assistant", "<tool_call>{}</tool_call>")
     assert parse("sharegpt", sharegpt(("system", "Call tools."), *turns, tools=[TOOL])).tools == (TOOL,)
+
+
+def called(name: str, id: str | None = None) -> dict[str, Any]:
+    return {"from": "function_call", "value": json.dumps({"function": {"name": name}} | ({"id": id} if id else {}))}
+
+
+def links(*turns: dict[str, Any]) -> list[Any]:
+    """The ids of calls, and the id and name of results, in order."""
+    row = {"conversations": [{"from": "human", "value": "x"}, *turns, {"from": "gpt", "value": "y"}]}
+    found: list[Any] = []
+    for message in parse("sharegpt", row).messages:
+        found += [call.get("id") for call in message.extra.get("tool_calls", ())]
+        if message.role == "tool":
+            found.append((message.extra.get("tool_call_id"), message.extra.get("name")))
+    return found
+
+
+def test_calls_and_results_without_ids_are_linked_by_their_order() -> None:
+    result = {"from": "observation", "value": "3"}
+    again = links(called("f"), result, called("g"), result)
+    assert again == ["call00001", ("call00001", "f"), "call00002", ("call00002", "g")]
+    two = {"from": "function_call", "value": json.dumps([{"name": "f"}, {"name": "g"}])}
+    assert links(two, result, result) == ["call00001", "call00002", ("call00001", "f"), ("call00002", "g")]
+    # What the data says is kept, and no new id is one that it has.
+    given = {**result, "tool_call_id": "call00001"}
+    assert links(called("f"), result, called("g"), given) == [
+        "call00002", ("call00002", "f"), "call00001", ("call00001", "g"),
+    ]  # fmt: skip
+    assert links(called("f", "mine"), result) == ["mine", ("mine", "f")]
+    assert links(called("f")) == ["call00001"], "a call without its result"
+
+
+def test_where_it_is_not_clear_which_result_is_of_which_call_nothing_is_filled_in() -> None:
+    result = {"from": "observation", "value": "3"}
+    two = {"from": "function_call", "value": json.dumps([{"name": "f"}, {"name": "g"}])}
+    assert links(two, result) == [None, None, (None, None)]
+    assert links(called("f"), result, result) == [None, (None, None), (None, None)]
+    assert links(two, {**result, "name": "g"}, {**result, "name": "f"}) == [None, None, (None, "g"), (None, "f")]
+    assert links(called("f", "one"), {**result, "tool_call_id": "two"}) == ["one", ("two", None)]
+    bare = messages({"role": "user", "content": "x"}, {**CALLING, "tool_calls": [{"name": "f"}]}, RESULT)
+    assert "id" not in parse("messages", bare).messages[1].extra["tool_calls"][0], "messages are taken as they are"

@@ -76,3 +76,20 @@ def test_values_belong_to_keys_that_have_choices() -> None:
         assert get_origin(annotation) is Literal, key
         assert not set(hints) & set(get_args(annotation)), key
     assert look_up_value("data.eval.format", "chat") == "Write messages."
+
+
+def test_what_axolotl_and_llama_factory_say_of_turns_leads_to_the_data() -> None:
+    for name in ("message_property_mappings", "tags"):
+        assert KEYS[name].words.startswith("Turns have role and content (messages), or from and value (sharegpt)")
+    assert "train, training or weight" in KEYS["message_field_training"].words
+    assert "whole or not at all" in KEYS["message_field_training_detail"].words
+    assert {KEYS[name].key for name in ("field", "shards", "mix_strategy")} == {
+        "data.train.columns",
+        "data.train.limit",
+        "data.train.weight",
+    }
+    for name in ("roles", "shuffle", "drop_system_message", "train_on_eos", "train_on_eot", "eot_tokens"):
+        assert KEYS[name].words.endswith("Remove it."), name
+    assert KEYS["dataset_exact_deduplication"].words.startswith("`tune check` counts repeats")
+    for ending in ("json", "csv", "parquet", "arrow"):
+        assert look_up_value("data.train.format", ending).startswith("File types are recognised"), ending

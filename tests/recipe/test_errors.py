@@ -62,7 +62,7 @@ epoch: 3
         "recipe.yaml:9: adapter.targets: names 'attention' twice. The default is [attention, mlp].",
         "recipe.yaml:13: data.train[1].fromat: is not a key of data.train[1]. Did you mean 'format'?",
         "recipe.yaml:13: data.train[1].weight: must be above 0 (-1). The default is 1.",
-        "recipe.yaml:14: data.train[2].path: is missing. A file, a folder or a hub data set's id.",
+        "recipe.yaml:14: data.train[2].path: is missing. A file, a folder, a pattern of names, or a hub data set's id.",
         "recipe.yaml:15: data.train[2].limit: must be at least 1 (0). Only the first so many rows are read; "
         "none reads all.",
         "recipe.yaml:16: data.eval: must be below 1 (1.5). The default is 0.",

@@ -6,6 +6,7 @@ Nothing here decides what is read. The first rows are looked at only to find the
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,14 +17,22 @@ from tune.data.formats.transcript import is_transcript
 # What others call the two columns besides, the likeliest first. None of these is read without being named.
 _QUESTIONS = (*QUESTIONS, "problem", "input", "user", "human")
 _ANSWERS = (*ANSWERS, "solution", "reply", "assistant", "chosen")
+_ANY_COLUMNS = "Set format: and columns: of the source where its names differ, such as columns: {output: response}."
+_WRAPPERS = ("data", "rows", "examples", "train", "test", "validation")
+"""What a list of rows is called in an object around it."""
 _TURN_KEYS = {"messages": {"role", "content"}, "conversations": {"from", "value"}}
+_TURNS_AS_TEXT = re.compile(r"""\s*\[\s*\{.*?["'](role|from)["']\s*:""", re.DOTALL)
+"""Holds for a list of turns written out, as JSON or as Python shows it."""
 
 
 def no_format_fits(path: str, rows: Sequence[dict[str, Any]], columns: Mapping[str, str]) -> str:
     """The message for a source whose rows have no format's columns, or those of several."""
     seen = ", ".join(columns_seen(rows)) or "none"
+    found = f"{path}: no format fits its rows (columns seen: {seen})."
+    if words := _remedy(rows[:LOOKED_AT], columns):
+        return f"{found} {words}"
     needs = "; ".join(f"{name} needs {fmt.needs}" for name, fmt in FORMATS.items())
-    return f"{path}: no format fits its rows (columns seen: {seen}). {advice(rows, columns)} Formats: {needs}."
+    return f"{found} {_ANY_COLUMNS} Formats: {needs}."
 
 
 def advice(rows: Sequence[dict[str, Any]], columns: Mapping[str, str], format: str = "auto") -> str:
@@ -31,7 +40,13 @@ def advice(rows: Sequence[dict[str, Any]], columns: Mapping[str, str], format: s
 
     A map of columns that is proposed fits that format; for auto, the one that is nearest to the names seen.
     """
-    rows = rows[:LOOKED_AT]
+    return _remedy(rows[:LOOKED_AT], columns, format) or _ANY_COLUMNS
+
+
+def _remedy(rows: Sequence[dict[str, Any]], columns: Mapping[str, str], format: str = "auto") -> str:
+    """A sentence on what to do with just these rows, or nothing."""
+    if words := otherwise_saved(rows):
+        return words
     fitting = detect_format(rows, columns)
     if fitting is not None and format in ("auto", fitting.name):
         return "Its columns fit: mend what is in them."
@@ -39,11 +54,66 @@ def advice(rows: Sequence[dict[str, Any]], columns: Mapping[str, str], format: s
         return words
     if near := near_columns(rows, format):
         return f"Try columns: {_map({**columns, **near})} of the source."
-    if words := nothing_to_learn(rows):
+    if words := wrapped(rows) or nothing_to_learn(rows):
         return words
     if format == "auto" and any(isinstance(row.get("text"), str) for row in rows):
         return "Set format: text of the source if its column 'text' is to be learnt whole."
-    return "Set format: and columns: of the source where its names differ, such as columns: {output: response}."
+    return ""
+
+
+def otherwise_saved(rows: Sequence[dict[str, Any]]) -> str:
+    """A sentence on rows that are a whole table, or whose lists of turns are text, or nothing."""
+    if rows and all(_is_table(row, alone=len(rows) == 1) for row in rows):
+        return (
+            "It holds its rows column by column, as pandas writes them unless told otherwise: save them row by row, "
+            'with to_json(path, orient="records", lines=True).'
+        )
+    for row in rows:
+        for column, value in row.items():
+            if isinstance(value, str) and _TURNS_AS_TEXT.match(value):
+                return (
+                    f"Its column {str(column)!r} is text in which a list of turns is spelled out, and not a list: save "
+                    "the rows as JSON lines, where a value can be a list."
+                )
+    return ""
+
+
+def _is_table(row: dict[str, Any], *, alone: bool) -> bool:
+    """Whether a row is a table: each column an object of values by their number, or in a row alone a list of them."""
+    values = [*row.values()]
+    if not values or len({len(value) if isinstance(value, dict | list) else 0 for value in values} - {0}) != 1:
+        return False
+    if all(isinstance(value, dict) and all(str(key).isdecimal() for key in value) for value in values):
+        return True
+    # One list alone, of texts, may be the turns of a row.
+    return alone and all(
+        isinstance(value, list)
+        and not any(isinstance(item, dict) for item in value)
+        and (len(values) > 1 or all(isinstance(item, list) for item in value))
+        for value in values
+    )
+
+
+def wrapped(rows: Sequence[dict[str, Any]]) -> str:
+    """A sentence on a row that holds all rows in a list, or nothing."""
+    lists = {
+        str(column): value
+        for row in rows
+        for column, value in row.items()
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value)
+    }
+    found = [column for column, inner in lists.items() if column in _WRAPPERS or _is_rows(inner)]
+    if not found:
+        return ""
+    if len(found) > 1:
+        return f"Its rows are in its lists {_listed([repr(name) for name in found])}: save each of them by itself."
+    return f"Its rows are in its list {found[0]!r}: save that list by itself."
+
+
+def _is_rows(inner: Sequence[dict[str, Any]]) -> bool:
+    fitting = detect_format(inner)
+    # A text beside other things may as well be said by someone.
+    return fitting is not None and (fitting.name != "text" or all(len(item) == 1 for item in inner))
 
 
 def in_doubt(rows: Sequence[dict[str, Any]]) -> str:
@@ -83,7 +153,7 @@ def near_columns(rows: Sequence[dict[str, Any]], format: str = "auto") -> dict[s
     """The `columns` of a source with which a format may read these rows; empty where none is near."""
     for row in rows:
         for column, value in row.items():
-            if ours := _list_of(column, value):
+            if ours := _list_of(column, value, row):
                 return {ours: column}
     texts: dict[str, str] = {}
     for row in rows:
@@ -117,14 +187,16 @@ def _distance(named: Mapping[str, str]) -> tuple[int, bool]:
     return sum(ours != theirs.strip().lower() for ours, theirs in named.items()), "instruction" not in named
 
 
-def _list_of(column: str, value: object) -> str:
-    """What a format calls a list of such objects, under another name than this; empty where none has it."""
+def _list_of(column: str, value: object, row: Mapping[str, Any]) -> str:
+    """What a format calls a list of such objects in a row, under another name than this; empty where none has it."""
     if not isinstance(value, list) or not value or not isinstance(value[0], dict):
         return ""
     for ours, keys in _TURN_KEYS.items():
         if keys <= value[0].keys():
             return "" if column == ours else ours
-    return "instances" if "output" in value[0] and column != "instances" else ""
+    # Several answers, if there is something that they answer; else they are rows.
+    asked = any(isinstance(row.get(name), str) for name in QUESTIONS)
+    return "instances" if asked and "output" in value[0] and column != "instances" else ""
 
 
 def _map(columns: Mapping[str, str]) -> str:

@@ -92,11 +92,33 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     (
         "data.train.columns",
         "{ours: theirs} in an item of data.train.",
-        "columns_mapping field_messages message_property_mappings field_instruction field_output dataset_text_field",
+        "columns_mapping field_messages field field_instruction field_output dataset_text_field",
     ),
+    (
+        "",
+        "Turns have role and content (messages), or from and value (sharegpt): rename the data's keys. Remove it.",
+        "message_property_mappings tags message_field_role message_field_content",
+    ),
+    (
+        "",
+        "Speakers have their usual names (user, human, assistant, gpt): rename others in the data. Remove it.",
+        "roles",
+    ),
+    (
+        "",
+        "A turn's own train, training or weight is read: rename another key in the data. Remove it.",
+        "message_field_training",
+    ),
+    (
+        "",
+        "A turn is trained on whole or not at all, by its train or weight. Remove it.",
+        "message_field_training_detail",
+    ),
+    ("", "`tune check` counts repeats: take them out of the data. Remove it.", "dataset_exact_deduplication"),
+    ("", "Take system messages out of the data. Remove it.", "drop_system_message"),
     ("data.train.path", "it stands in an item of data.train.", "file files file_name"),
-    ("data.train.limit", "it stands with the path in an item of data.train.", "max_samples"),
-    ("data.train.weight", "it stands with the path in an item of data.train.", "interleave_probs"),
+    ("data.train.limit", "it stands with the path in an item of data.train.", "max_samples shards"),
+    ("data.train.weight", "it stands with the path in an item of data.train.", "interleave_probs mix_strategy"),
     ("data.template", "", "chat_template conversation prompt_template prompt_style"),
     ("data.template", "write a path to a .jinja file.", "chat_template_jinja chat_template_path"),
     ("data.system", "", "default_system default_system_message system_prompt"),
@@ -196,6 +218,11 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     ),
     ("", "The base stays frozen, only adapters train. Remove it.", "unfrozen_parameters"),
     ("", "A recipe is always supervised fine-tuning with an adapter. Remove it.", "task_type stage do_train rl"),
+    (
+        "",
+        "The token that ends an answer is the template's, and always trained on. Remove it.",
+        "train_on_eos train_on_eot eot_tokens",
+    ),
     ("", "A template's control tokens are added with data.add_tokens. Remove it.", "tokens added_tokens_overrides"),
     (
         "",
@@ -207,7 +234,7 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     (
         "",
         "Examples are always shuffled, by train.seed. Remove it.",
-        "shuffle_merged_datasets dataset_shuffle train_sampling_strategy curriculum_sampling",
+        "shuffle shuffle_merged_datasets dataset_shuffle train_sampling_strategy curriculum_sampling",
     ),
     ("", "Noise on embeddings is not in this version. Remove it.", "neftune_noise_alpha noisy_embedding_alpha"),
     (
@@ -251,7 +278,6 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
 
 KEYS: dict[str, Elsewhere] = {name: Elsewhere(key, note) for key, note, names in _ROWS for name in names.split()}
 
-_NO_8_BIT = "8-bit weights are not offered."
 _COSINE = "Restarts and other shapes are not offered: cosine, linear or constant."
 
 VALUES: dict[str, dict[str, str]] = {
@@ -261,34 +287,20 @@ VALUES: dict[str, dict[str, str]] = {
         "full": "The base stays frozen here; lora on all targets comes nearest.",
     },
     "model.quantization": {
-        "4bit": "Write nf4.",
-        "4": "Write nf4.",
-        "int4": "Write nf4.",
-        "fp4": "Write nf4.",
-        "bnb": "Write nf4.",
-        "bitsandbytes": "Write nf4.",
-        "true": "Write nf4.",
+        **dict.fromkeys(("4bit", "4", "int4", "fp4", "bnb", "bitsandbytes", "true"), "Write nf4."),
         "false": "Write none.",
-        "8bit": _NO_8_BIT,
-        "8": _NO_8_BIT,
-        "int8": _NO_8_BIT,
-        "gptq": "Start from the unquantised model: it is quantised while it loads.",
-        "awq": "Start from the unquantised model: it is quantised while it loads.",
+        **dict.fromkeys(("8bit", "8", "int8"), "8-bit weights are not offered."),
+        **dict.fromkeys(("gptq", "awq"), "Start from the unquantised model: it is quantised while it loads."),
     },
     "model.dtype": {
         "bf16": "Write bfloat16.",
         "fp32": "Write float32.",
         "float": "Write float32.",
-        "fp16": "float16 overflows in training and is not offered.",
-        "float16": "float16 overflows in training and is not offered.",
-        "half": "float16 overflows in training and is not offered.",
+        **dict.fromkeys(("fp16", "float16", "half"), "float16 overflows in training and is not offered."),
         "auto": "Write bfloat16.",
     },
     "train.optimizer": {
-        "adam": "Write adamw.",
-        "adamw_torch": "Write adamw.",
-        "adamw_torch_fused": "Write adamw.",
-        "adamw_hf": "Write adamw.",
+        **dict.fromkeys(("adam", "adamw_torch", "adamw_torch_fused", "adamw_hf"), "Write adamw."),
         "adamw_bnb_8bit": "Write adamw_8bit.",
         "paged_adamw": "Write paged_adamw_8bit.",
         "paged_adamw_32bit": "Write paged_adamw_8bit.",
@@ -312,8 +324,10 @@ VALUES: dict[str, dict[str, str]] = {
     },
     "router.train": {"true": "Write full.", "false": "Write frozen."},
     "data.train.format": {
-        "json": "File types are recognised by themselves; the format says how rows are read.",
-        "jsonl": "File types are recognised by themselves; the format says how rows are read.",
+        **dict.fromkeys(
+            ("json", "jsonl", "csv", "parquet", "arrow"),
+            "File types are recognised by themselves; the format says how rows are read.",
+        ),
         "chat": "Write messages.",
         "openai": "Write messages.",
         "chat_template": "Write messages.",

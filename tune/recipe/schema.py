@@ -134,7 +134,7 @@ class Source(Section):
     """One data set: where it is and how its rows are read."""
 
     path: Text
-    """A file, a folder or a hub data set's id."""
+    """A file, a folder, a pattern of names, or a hub data set's id."""
     format: FormatName = "auto"
     """How rows are read; auto looks at the first rows."""
     split: OptionalText = None
@@ -146,9 +146,9 @@ class Source(Section):
     columns: dict[Text, Text] = Field(default_factory=dict)
     """The format's column names, each with the name this data set has for it, such as {output: response}."""
     weight: Weight = 1.0
-    """How many times the rows are seen in an epoch: 2 is twice, 0.5 a seeded half."""
+    """How many times the rows are seen in an epoch: 2 is twice, 0.5 another half each epoch."""
     template: OptionalTemplate = None
-    """How these prompts are written; none means data.template."""
+    """How these prompts are written; none means data.template. One that all training sources use is the one saved."""
     limit: OptionalCount = None
     """Only the first so many rows are read; none reads all."""
 

@@ -103,7 +103,8 @@ def detect_format(rows: Sequence[dict[str, Any]], renamed: Collection[str] = ())
     likely = [fmt for fmt in fits if fmt is chosen or not isinstance(fmt, Pair | Text)]
     if likely:
         return max(likely, key=lambda fmt: fits[fmt])
-    alone = not _NOT_BESIDE_A_TEXT & present_columns(looked_at)
+    # Who names the text, and nothing else, means it.
+    alone = {*renamed} == {"text"} or not _NOT_BESIDE_A_TEXT & present_columns(looked_at)
     return next((fmt for fmt in fits if isinstance(fmt, Text) and alone), None)
 
 
@@ -131,9 +132,12 @@ def _choose_pair(fits: dict[Pair, int], rows: Sequence[dict[str, Any]], renamed:
     if len(questions) != 1 or len(answers) != 1:
         return None
 
+    history = "history" in present_columns(rows)
+
     def strangeness(fmt: Pair) -> tuple[bool, ...]:
         read, own = fmt.read, fmt.own
         leaves_out = any(name not in (read.question, read.given) for name in given)
+        leaves_out |= history and "history" not in fmt.columns
         return leaves_out, read.question != own.question, read.answer != own.answer, fmt.name != "alpaca"
 
     same = [fmt for fmt in fits if (fmt.read.question, fmt.read.answer) == (questions[0], answers[0])]

@@ -85,14 +85,18 @@ class Pair:
         """
         read = self.read
         question, answer = required_text(row, read.question), required_text(row, read.answer)
-        messages = []
+        messages = self._earlier(row)
         if system := optional_text(row, read.system):
-            messages.append(Message("system", system))
+            messages.insert(0, Message("system", system))
         if self.transcripts:
             return [in_order(checked(_continued(question, answer, messages, read)))]
         given = optional_text(row, read.given) if read.given else ""
         messages += (Message("user", question, given or None), Message("assistant", answer))
         return [checked(messages)]
+
+    def _earlier(self, row: dict[str, Any]) -> list[Message]:
+        """The turns before the question, which only some formats have."""
+        return []
 
 
 def _continued(question: str, answer: str, opening: list[Message], read: Columns) -> list[Message]:

@@ -6,6 +6,7 @@ the same. What a chat template may read besides is passed on to it; keys that no
 
 from __future__ import annotations
 
+import json
 from typing import Any, NamedTuple
 
 from tune.data.conversation import ROLES, BadRowError, Conversation, Message, Role, checked
@@ -30,6 +31,8 @@ SPEAKERS: dict[str, Role] = {
 """What data sets call who speaks, and whose turn it is."""
 _CALLERS = ("function_call", "tool_call")
 """Speakers whose text is a call of a tool, as JSON."""
+_SWITCHES = ("train", "training")
+"""What axolotl's users have in place of a weight: true or false."""
 _PASSED_ON = ("tool_call_id", "name", "reasoning_content", "reasoning", "thinking")
 
 # mistral-common joins the parts of a message, and messages in a row, in the same way.
@@ -98,10 +101,25 @@ def _message(turn: dict[str, Any], keys: Keys) -> Message:
         if role != "assistant":
             raise BadRowError(f"has calls of tools, and is {role}'s; only the assistant calls")
         extra["tool_calls"] = calls
+    return Message(role, _content(turn, keys, calls is not None), trained=_trained(turn), extra=extra)
+
+
+def _trained(turn: dict[str, Any]) -> bool:
+    """Whether a turn may be trained on: its `weight`, or what other programs have for it."""
     weight = turn.get("weight")
     if weight not in (None, 0, 1):
         raise BadRowError(f"its weight is {weight!r}; 0 (not trained) and 1 (trained) are what is understood")
-    return Message(role, _content(turn, keys, calls is not None), trained=weight != 0, extra=extra)
+    said = {} if weight is None else {"weight": bool(weight)}
+    for key in _SWITCHES:
+        if (value := turn.get(key)) is None:
+            continue
+        if not isinstance(value, bool):
+            raise BadRowError(f"its {key!r} is {kind(value)}; false (not trained) and true are what is understood")
+        said[key] = value
+    if len({*said.values()}) > 1:
+        told = ", ".join(f"{key}: {json.dumps(turn[key])}" for key in said)
+        raise BadRowError(f"it says both that it is trained on and that it is not ({told})")
+    return all(said.values())
 
 
 def _content(turn: dict[str, Any], keys: Keys, may_be_absent: bool) -> str:
