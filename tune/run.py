@@ -287,7 +287,8 @@ def _tell(
     for reason in base.declined:
         progress.warn(f"attention: {reason}, so {base.attention} is used")
     if batch < job.recipe.train.batch_size:
-        progress.warn(f"train.batch_size is {job.recipe.train.batch_size:,}, but an epoch has only {batch:,} examples")
+        examples = "1 example" if batch == 1 else f"{batch:,} examples"
+        progress.warn(f"train.batch_size is {job.recipe.train.batch_size:,}, but an epoch has only {examples}")
     if job.recipe.adapter.dropout:
         progress.warn("dropout masks depend on how a step is split: other devices or rows give another adapter")
     if job.devices.unused_gpus:

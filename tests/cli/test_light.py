@@ -56,6 +56,16 @@ def test_a_misspelt_key_is_told_at_once(tmp_path: Path) -> None:
     assert seconds < 0.6
 
 
+@pytest.mark.parametrize("verb", ["train", "check", "preview"])
+def test_a_misspelt_file_is_told_at_once(verb: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("model: {base: some/model}\ndata: {train: rows.jsnl}\n")
+    (tmp_path / "rows.jsonl").write_text("{}")
+    seconds, code, out, err = run(sys.executable, "-m", "tune", verb, "recipe.yaml", folder=tmp_path)
+    assert (code, out) == (2, "")
+    assert err.endswith("Did you mean 'rows.jsonl'?\n")
+    assert seconds < 0.6
+
+
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [

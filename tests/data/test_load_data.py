@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -86,7 +87,33 @@ def test_examples_follow_the_sources_and_are_trained_on_their_answers(recipe, to
     assert second.trained == train.trained_counts[2]
     assert first.length_max == train.lengths[:2].max()
     assert data.eval is None
+    (warning,) = data.report.warnings()
+    assert "several templates (alpaca, vicuna)" in warning
+    assert "for whoever asks it: alpaca. data.template" in warning
+
+
+def test_the_template_that_every_source_uses_is_the_one_that_is_saved(recipe, tokenizer):
+    vicuna = {"template": "vicuna"}
+    data = load_data(recipe(("a.jsonl", alpaca(1, 2), vicuna), ("b.jsonl", alpaca(3), vicuna)), tokenizer)
+    assert data.template.name == "vicuna"
     assert data.report.warnings() == []
+    mixed = (("a.jsonl", alpaca(1, 2), vicuna), ("b.jsonl", alpaca(3), {"template": "koala"}))
+    data = load_data(recipe(*mixed), tokenizer)
+    assert data.template.name == "alpaca"
+    assert "alpaca, by which no example of them is written" in data.report.warnings()[0]
+
+
+def test_files_that_no_example_came_of_are_named(recipe, tokenizer, tmp_path):
+    made = recipe(("d", None), on_bad="drop")
+    (tmp_path / "d").mkdir()
+    for name, rows in (("a.jsonl", alpaca(*range(9))), ("b.jsonl", [{"x": 1}]), ("c.jsonl", [{"y": 1}])):
+        (tmp_path / "d" / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for start in ("fresh", "cached"):
+        warnings = load_data(made, tokenizer).report.warnings()
+        assert [w for w in warnings if "not one example came of" in w and "b.jsonl, " in w and "c.jsonl. " in w], start
+    (tmp_path / "d" / "b.jsonl").unlink()
+    (tmp_path / "d" / "c.jsonl").write_text(json.dumps(alpaca(20)[0]) + "\n")
+    assert load_data(made, tokenizer).report.warnings() == []
 
 
 def test_train_on(recipe, tokenizer):
@@ -256,7 +283,7 @@ def test_a_weight_that_leaves_no_row_is_refused(recipe, tokenizer):
 def test_the_map_of_columns_that_is_near_is_shown_and_works(recipe, tokenizer, row, columns):
     (said,) = problems(recipe(("a.jsonl", [row])), tokenizer)
     assert f"Try columns: {columns} of the source." in said
-    assert "Formats: messages needs messages, a list of {role, content}; sharegpt needs conversations" in said
+    assert "Formats:" not in said  # the remedy is known
     mended = recipe(("a.jsonl", [row], {"columns": yaml.safe_load(columns)}), template="vicuna")
     assert len(load_data(mended, tokenizer).train) == 1
 
@@ -409,3 +436,31 @@ def test_real_data_is_read(tokenizer, name, options, rows, fmt):
     assert (report.rows, report.format) == (rows, fmt)
     assert report.examples + report.dropped_bad + report.dropped_untrained == rows
     assert report.examples > 0.95 * rows
+
+
+def test_all_overrides_what_turns_say_and_counts_are_said_in_the_singular(recipe, tokenizer):
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    rows = [
+        {"messages": [*turns, turns[0], {**turns[1], key: value}]} for key, value in (("weight", 0), ("train", False))
+    ]
+    for row in rows:
+        by_default, everything = (
+            load_data(recipe(("a.jsonl", [row]), template="vicuna", train_on=train_on), tokenizer).report
+            for train_on in ("responses", "all")
+        )
+        assert 0 < by_default.train_trained < by_default.train_tokens - 1
+        assert everything.train_trained == everything.train_tokens - 1
+    pair = {"prompt": turns, "completion": [turns[0], turns[1]]}
+    report = load_data(recipe(("a.jsonl", [pair]), template="vicuna", train_on="all"), tokenizer).report
+    assert report.train_trained == report.train_tokens - 1
+    (said,) = [w for w in replace(report, unended=1).warnings() if "end-of-turn" in w]
+    assert said.startswith("1 training example ends without an end-of-turn token")
+
+
+def test_the_end_of_a_cut_example_is_not_learnt(recipe, tokenizer):
+    whole = load_data(recipe(("a.jsonl", alpaca(1))), tokenizer).train
+    ids, trained = whole.example(0)
+    assert ids[-1] == tokenizer.eos_token_id
+    assert trained[-1]
+    cut, _ = load_data(recipe(("a.jsonl", alpaca(1)), max_length=len(ids) - 1), tokenizer).train.example(0)
+    assert cut.tolist() == ids[:-1].tolist()

@@ -12,6 +12,7 @@ from tests.training.jobs import tiny_recipe, write_rows
 from tests.training.processes import fork, wait
 from tune.errors import RecipeError, UntrustworthyError
 from tune.folder import RunFolder
+from tune.recipe.load import load_recipe
 from tune.run import train
 from tune.training import step, trainer
 
@@ -220,3 +221,15 @@ def test_models_that_leak_between_packed_examples_get_one_example_a_row(tmp_path
     result = train(tiny_recipe(tmp_path, "bloom", train__max_steps=4), progress=Listener())
     assert "attention sdpa, one example a row" in lines or "attention eager, one example a row" in lines
     assert result.loss_after < result.loss_before
+
+
+def test_the_template_of_the_only_source_is_saved_answered_with_and_proven(tmp_path: Path) -> None:
+    from tune.evaluation.generate import load_run
+    from tune.export.merge import merge
+
+    source = {"path": str(tmp_path / "train.jsonl"), "template": "vicuna"}
+    finished = train(tiny_recipe(tmp_path, data__train=[source], train__max_steps=2))
+    assert "ASSISTANT:" in (finished.adapter / "chat_template.jinja").read_text()
+    assert load_recipe(tmp_path / "run" / "recipe.yaml").data.template == "vicuna"
+    assert load_run(tmp_path / "run").template.name == "vicuna"
+    assert merge(tmp_path / "run").proof.holds

@@ -95,6 +95,7 @@ import sys
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
+from tune.data.sources import check_places
 from tune.errors import RecipeError, as_line
 from tune.recipe.later import refusals
 from tune.recipe.load import load_recipe
@@ -115,6 +116,7 @@ def check(recipe_path: str, overrides: list[str], quiet: bool) -> None:
     recipe = load_recipe(recipe_path, overrides)
     if refused := refusals(recipe):
         raise RecipeError(refused)  # before transformers is imported, which takes a second
+    check_places(recipe.data)
 
     from rich.console import Console
 

@@ -44,6 +44,7 @@ import sys
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from tune.data.sources import check_places
 from tune.recipe.later import refusals
 from tune.recipe.load import load_recipe
 
@@ -70,6 +71,7 @@ def preview(recipe_path: str, overrides: list[str], n: int, as_json: bool, quiet
     recipe = load_recipe(recipe_path, overrides)
     if refused := refusals(recipe):
         raise RecipeError(refused)  # before transformers is imported, which takes a second
+    check_places(recipe.data)
 
     from tune.data.added_tokens import prepare_tokenizer
 

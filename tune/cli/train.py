@@ -116,6 +116,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tune.cli.program import command
+from tune.data.sources import check_places
 from tune.folder import RunFolder, explain_os_errors
 from tune.recipe.later import refusals
 from tune.recipe.load import load_recipe
@@ -136,6 +137,7 @@ def train(recipe_path: str, overrides: list[str], resume: bool, quiet: bool) -> 
         run = RunFolder(Path(str(recipe.output)))
         with explain_os_errors(run.root):
             run.check_start(resume)
+        check_places(recipe.data)
     if quiet:
         os.environ.setdefault("WANDB_SILENT", "true")
 

@@ -82,11 +82,11 @@ def _no_garbage_collection() -> Iterator[None]:
 
 def _load(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, on_progress: Progress | None, cache: Cache) -> Data:
     wanted = recipe.data
-    template = resolve_template(wanted.template, tokenizer)
+    template = resolve_template(_main_template(wanted), tokenizer)
     held_out, fraction = (wanted.eval, 0.0) if isinstance(wanted.eval, tuple) else ((), wanted.eval)
     words = words_digest(tokenizer)
-    own = [_opened(s, "train", i, template, tokenizer, words, wanted) for i, s in enumerate(wanted.train)]
-    others = [_opened(s, "eval", i, template, tokenizer, words, wanted) for i, s in enumerate(held_out)]
+    own = [_opened(s, "train", i, tokenizer, words, wanted) for i, s in enumerate(wanted.train)]
+    others = [_opened(s, "eval", i, tokenizer, words, wanted) for i, s in enumerate(held_out)]
     sources = [*own, *others]
     _prepare(sources, tokenizer, wanted, cache, on_progress)
     if wanted.on_bad == "error":
@@ -101,22 +101,27 @@ def _load(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, on_progress: Progr
     if fraction:
         train, evaluated = hold_out(train, fraction, recipe.train.seed)
     refuse_weightless("data.train", own, np.bincount(train.source, minlength=len(own)).tolist())
-    notes = _template_notes(sources, tokenizer)
+    notes = _template_notes(sources, template, tokenizer)
     report = _report(sources, train, evaluated, wanted, cache, notes)
     return Data(train, evaluated, template, report, _fingerprint(train, evaluated))
+
+
+def _main_template(wanted: DataSection) -> str:
+    """The template that is saved: the one that every training source uses, or else data.template."""
+    used = {source.template or wanted.template for source in wanted.train}
+    return used.pop() if len(used) == 1 else wanted.template
 
 
 def _opened(
     source: Source,
     part: Part,
     index: int,
-    template: Template,
     tokenizer: PreTrainedTokenizerBase,
     words: str,
     wanted: DataSection,
 ) -> SourceData:
     """A source that is there, and the key of its entry in the cache: all that its examples depend on."""
-    own = resolve_template(source.template, tokenizer) if source.template else template
+    own = resolve_template(source.template or wanted.template, tokenizer)
     opened = open_source(source)
     key = key_of(
         {
@@ -156,9 +161,17 @@ def _examples(sources: list[SourceData]) -> Examples:
     return Examples.over([data.stored for data in sources if data.stored is not None], range(len(sources)))
 
 
-def _template_notes(sources: list[SourceData], tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+def _template_notes(sources: list[SourceData], saved: Template, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     used = {data.template.name: data.template for data in sources}
-    return tuple(note for each in used.values() if (note := warns_of_other_template(each, tokenizer)) is not None)
+    notes = [note for each in used.values() if (note := warns_of_other_template(each, tokenizer)) is not None]
+    trained = dict.fromkeys(data.template.name for data in sources if data.part == "train")
+    if len(trained) > 1:
+        unused = "" if saved.name in trained else ", by which no example of them is written"
+        notes.append(
+            f"the training sources are written by several templates ({', '.join(trained)}). One is saved with the "
+            f"adapter, for whoever asks it: {saved.name}{unused}. data.template chooses it."
+        )
+    return tuple(notes)
 
 
 def _report(
@@ -210,7 +223,16 @@ def _source_report(data: SourceData) -> SourceReport:
         length_max=facts.length_max,
         mended=tuple(facts.mended.items()),
         dropped=tuple(_dropped(data)),
+        barren=tuple(_barren(data)),
     )
+
+
+def _barren(data: SourceData) -> Iterator[str]:
+    files = data.opened.files
+    if data.stored is None or len(files) == 1 or data.source.limit is not None:
+        return
+    fruitful = set(np.unique(data.stored.rows["file"]).tolist())
+    yield from (name for number, name in enumerate(files) if number not in fruitful)
 
 
 def _dropped(data: SourceData) -> Iterator[str]:

@@ -40,6 +40,8 @@ class SourceReport:
     """What was changed in the order of turns, in words, and in how many conversations."""
     dropped: tuple[str, ...] = ()
     """The first rows that were dropped for each reason: the place and the reason."""
+    barren: tuple[str, ...] = ()
+    """Of a source of several files, those that no example came of."""
 
     @property
     def trained_share(self) -> float:
@@ -99,6 +101,12 @@ class Report:
             dropped = source.dropped_bad + source.dropped_untrained + source.dropped_long
             if dropped:
                 found.append(f"{where}: {dropped} of {source.rows} rows are dropped.")
+            if source.barren:
+                more = f" and {len(source.barren) - 3} more" if len(source.barren) > 3 else ""
+                found.append(
+                    f"{where}: not one example came of {', '.join(source.barren[:3])}{more}. All files of a source are "
+                    f"read as {source.format}: make those a source of their own, with their own format."
+                )
             found += [f"{where}: in {count} of {source.rows} rows, {words}." for words, count in source.mended]
         found += self.template_notes
         if self.duplicates:
@@ -110,7 +118,8 @@ class Report:
             )
         if self.unended:
             found.append(
-                f"{self.unended} training examples end without an end-of-turn token that is trained: the model may not "
+                f"{'1 training example ends' if self.unended == 1 else f'{self.unended} training examples end'} "
+                "without an end-of-turn token that is trained: the model may not "
                 "learn to stop. Put the end token inside the template's {% generation %} block."
             )
         if self.eval_asked and not self.eval_examples:

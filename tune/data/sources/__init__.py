@@ -28,9 +28,9 @@ from tune.data.sources.rows import BadRow, Place, Row
 from tune.errors import DataError
 
 if TYPE_CHECKING:
-    from tune.recipe.schema import Source
+    from tune.recipe.schema import Data, Source
 
-__all__ = ["EXTENSIONS", "KINDS", "BadRow", "Opened", "Place", "Row", "is_hub_id", "open_source"]
+__all__ = ["EXTENSIONS", "KINDS", "BadRow", "Opened", "Place", "Row", "check_places", "is_hub_id", "open_source"]
 
 EXTENSIONS = FILE_ENDINGS
 
@@ -47,8 +47,23 @@ class _FilePart:
 
     def feed(self, hasher: Any) -> None:
         # Equal bytes are other rows where the ending has them read otherwise.
-        hasher.update(self._file.ending.encode())
+        hasher.update(f"{self._file.ending}{self._file.packing}".encode())
         self._file.feed(hasher)
+
+
+def check_places(data: Data) -> None:
+    """Find the local files of all sources, and read none: a misspelt path is told before anything slow begins.
+
+    Raises:
+        DataError: what `open_source` raises of files, folders and patterns.
+    """
+    for source in (*data.train, *(data.eval if isinstance(data.eval, tuple) else ())):
+        if _is_local(source):
+            open_source(source)
+
+
+def _is_local(source: Source) -> bool:
+    return not is_hub_id(source.path) or os.path.lexists(source.path)
 
 
 def open_source(source: Source) -> Opened:
@@ -61,7 +76,7 @@ def open_source(source: Source) -> Opened:
             matches nothing.
     """
     parts: list[Part]
-    if is_hub_id(source.path) and not os.path.lexists(source.path):
+    if not _is_local(source):
         parts = [HubSplit(source)]
     else:
         if given := [key for key in ("split", "config", "revision") if getattr(source, key) is not None]:
