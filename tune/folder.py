@@ -7,7 +7,6 @@ and renamed; folders likewise. The lock is an flock on an open file, so that it 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from tune.errors import RunError, did_you_mean
+from tune.os_errors import explain_os_errors as explain_os_errors
 
 _STEP = re.compile(r"step-(\d{6,})")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -81,6 +81,18 @@ class RunFolder:
             return []
         found = (_STEP.fullmatch(path.name) for path in self.checkpoints.iterdir() if path.is_dir())
         return sorted(int(match[1]) for match in found if match)
+
+    def check_there(self) -> None:
+        """Refuse to write into a run whose folder has gone: a new one in its place would hold a piece of a run.
+
+        Raises:
+            RunError: it was removed, or its disk is no longer mounted there.
+        """
+        if not self.recipe.is_file():
+            raise RunError(
+                f"{self.root}: the run's folder has gone while it trained: it was removed, or its disk was unmounted. "
+                "Bring it back, then go on with --resume from its last checkpoint."
+            )
 
     def read_finished(self) -> dict[str, Any] | None:
         """The summary of a finished run, or None.
@@ -218,38 +230,6 @@ def folder_of(path: str | Path) -> tuple[RunFolder, Path]:
     return run, run.checkpoint(steps[-1])
 
 
-@contextlib.contextmanager
-def explain_os_errors(path: Path, remedy: str = "", place: str = "the recipe's output") -> Iterator[None]:
-    """Turn what a user can mend (no space, no permission, a read-only or vanished disk) into a RunError.
-
-    Args:
-        path: named where an error names no file of its own.
-        remedy: what to do when the cause is gone.
-        place: what the user gave as the place that was written to.
-    """
-    words = {
-        errno.ENOSPC: "no space left on the device. Free some",
-        errno.EDQUOT: "the disk quota is used up. Free some space",
-        errno.EACCES: f"no permission to write. Change the permissions or {place}",
-        errno.EPERM: f"writing is not permitted. Change {place}",
-        errno.EROFS: f"the file system is read-only. Change {place}",
-        errno.ENOTDIR: f"a part of this path is a file, not a folder. Change {place}",
-        errno.EEXIST: f"a file is in the way. Change {place}",
-        errno.ENAMETOOLONG: f"the name is too long. Change {place}",
-        errno.EIO: "the device reports an input/output error. Check the disk",
-        errno.ENOLCK: f"the file system has no locks. Put {place} on a local disk",
-        errno.ENOSYS: f"the file system has no locks. Put {place} on a local disk",
-        errno.ESTALE: "the network file system has gone. Mount it again",
-    }
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in words:
-            raise
-        ending = f", then {remedy}." if remedy else "."
-        raise RunError(f"{error.filename or path}: {words[error.errno]}{ending}") from error
-
-
 def flush(path: Path) -> None:
     """Put a folder's entries on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -342,6 +322,6 @@ def whole(path: Path) -> bool:
     """Whether a folder written with a manifest is still as it was written."""
     try:
         digests: dict[str, str] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        return all(hashlib.sha256((path / name).read_bytes()).hexdigest() == digest for name, digest in digests.items())
+        return bool(digests) and all(file_digest(path / name) == digest for name, digest in digests.items())
     except (OSError, ValueError, AttributeError):
         return False

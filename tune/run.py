@@ -6,6 +6,7 @@ import json
 import math
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +71,7 @@ def train(recipe: Recipe, resume: bool = False, progress: Progress | None = None
     """
     from tune.progress import Progress
     from tune.training.devices import Devices
+    from tune.training.out_of_memory import explained
     from tune.training.resume import check_alike
     from tune.training.together import ending_together
 
@@ -81,7 +83,7 @@ def train(recipe: Recipe, resume: bool = False, progress: Progress | None = None
     heard = progress if progress is not None and devices.is_main else Progress()
     with ending_together(devices.rank, devices.processes, str(run.root)):
         check_alike(devices, recipe, resume)
-        with explain_os_errors(run.root), ExitStack() as held:
+        with explain_os_errors(run.root), explained(devices.device), ExitStack() as held:
             devices.first(lambda: held.enter_context(run.lock()))
             return _train_locked(recipe, resume, run, devices, heard)
 
@@ -138,7 +140,7 @@ def _train_locked(recipe: Recipe, resume: bool, run: RunFolder, devices: Devices
     devices.wait()  # nobody changes the folder while another process still reads it
 
     base, adapted, coverage, rows = _adapt(recipe, data, words, state, start, devices, progress)
-    local = devices.agree(local_bytes(base.model)) if devices.sharded else None
+    local = [int(held) for held in devices.gather(str(local_bytes(base.model)))]
     fingerprints = (data.fingerprint, base_fingerprint)
     job = Job(recipe, run, adapted, data.train, data.eval, *fingerprints, base.packs, rows, devices, progress)
     trainer = Trainer(job, state.step if state is not None else None)
@@ -181,11 +183,11 @@ def _adapt(
 ) -> tuple[LoadedBase, PeftModel, Coverage, RowPlan]:
     """Load the base, attach the adapter, and check both against recipe and data."""
     from tune.adapters.coverage import check_coverage
-    from tune.adapters.expert_lora import keep_activations
     from tune.adapters.lora import attach, read_adapter, resolve_targets
-    from tune.models.load import check_length, check_vocabulary, load_base, recompute_activations
+    from tune.models.load import check_length, check_vocabulary, load_base
     from tune.models.vocabulary import grow_vocabulary
     from tune.planning.memory import RowPlan, keep_automatic, plan_rows
+    from tune.training.recompute import recompute
 
     name = recipe.model.base
     if devices.sharded and words.ids:
@@ -207,10 +209,9 @@ def _adapt(
     coverage = check_coverage(base.model, claimed, recipe.model.quantization, words.ids)
     rows = _smallest(plan_rows(recipe.train, base.config, longest, base.model.dtype, devices.device), devices)
     if state is not None:
-        rows = keep_automatic(recipe.train, rows, RowPlan(state.row_tokens, state.recompute))
-    if rows.recompute == "full":
-        recompute_activations(base.model)
-    keep_activations(adapted, "activations" if rows.recompute == "none" else "inputs")
+        before = RowPlan(state.row_tokens, state.recompute)
+        rows = keep_automatic(recipe.train, rows, before, state.shortened_from)
+    recompute(adapted, rows.recompute)
     return base, adapted, coverage, rows
 
 
@@ -224,8 +225,10 @@ def _smallest(rows: RowPlan, devices: Devices) -> RowPlan:
 
 def _already(run: RunFolder, finished: dict[str, Any]) -> FinishedRun:
     try:
-        return FinishedRun(**{**finished, "output": str(run.root), "already": True})
-    except TypeError as error:
+        before = finished["loss_before"]
+        before = float("nan") if before is None else before  # a base whose own loss is not finite
+        return FinishedRun(**{**finished, "loss_before": before, "output": str(run.root), "already": True})
+    except (TypeError, KeyError) as error:
         raise RunError(
             f"{run.finished}: was written by another version. Remove it; --resume writes it again."
         ) from error
@@ -252,13 +255,13 @@ def _tell(
     data: Data,
     words: Prepared,
     coverage: Coverage,
-    local: int | None,
+    local: list[int],
     base: LoadedBase,
     trainer: Trainer,
 ) -> None:
     """The start-up table, and what a user should know before the first step.
 
-    `local` is the most that a device holds of a base that is split over them, in bytes.
+    `local` is what each device holds of the frozen base, in bytes.
     """
     from tune.data.added_tokens import describe
     from tune.planning.memory import RECOMPUTED
@@ -274,8 +277,9 @@ def _tell(
     if job.recipe.data.add_tokens:
         progress.line(describe(words.added))
     progress.line(job.devices.line)
-    if local is not None:
-        progress.line(f"local {size(local)} a device")
+    if len(local) > 1:
+        alike = [(held, len(list(same))) for held, same in groupby(size(held) for held in local)]
+        progress.line("local " + ", ".join(f"{count} x {held}" if count > 1 else held for held, count in alike))
     for line in coverage.lines:
         progress.line(line)
     progress.line(f"attention {base.attention}, {'packed' if job.packs else 'one example a row'}")
@@ -326,7 +330,9 @@ def _finish(run: RunFolder, recipe: Recipe, tokenizer: Any, template: Any, resul
     from tune.data.templates.default_system import with_system
     from tune.export.adapter import write_adapter
     from tune.export.card import adapter_card
+    from tune.training.metrics import finite
 
+    run.check_there()
     chosen = run.checkpoint(result.adapter_step)
     if not whole(chosen):
         raise RunError(
@@ -339,7 +345,7 @@ def _finish(run: RunFolder, recipe: Recipe, tokenizer: Any, template: Any, resul
         write_adapter(run.adapter, chosen, tokenizer, with_system(template.jinja, recipe.data.system), card)
         summary = {key: value for key, value in asdict(result).items() if key != "already"}
         summary["adapter_files"] = {name: file_digest(run.adapter / name) for name in ADAPTER_FILES}
-        write_file(run.finished, json.dumps(summary, indent=1) + "\n")
+        write_file(run.finished, json.dumps(finite(summary), indent=1, allow_nan=False) + "\n")
 
 
 def _publish(recipe: Recipe, run: RunFolder, progress: Progress) -> None:

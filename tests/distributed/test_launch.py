@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -125,7 +126,8 @@ def test_the_shipped_configuration_splits_the_base(tmp_path: Path) -> None:
     done = run([*two("--config_file", str(LAUNCH / "fsdp2-8.yaml")), "train", str(tmp_path / "recipe.yaml")])
     assert done.returncode == 0, done.stderr
     assert "devices 2 fsdp2" in done.stdout
-    assert " a device" in done.stdout
+    (local,) = [line for line in done.stdout.splitlines() if line.startswith("local ")]
+    assert re.fullmatch(r"local 2 x [\d.]+ kB", local), "each layer lies in equal parts"
     compare(tmp_path / "one", tmp_path / "two")
 
 

@@ -26,6 +26,7 @@ def test_two_processes_train_the_adapter_of_one(tmp_path: Path) -> None:
     assert launch(["train", str(tmp_path / "recipe.yaml")], 2, log) == [0, 0], log.with_suffix(".0").read_text()
     first, second = (log.with_suffix(f".{n}").read_text() for n in range(2))
     assert "devices 2 ddp" in first
+    assert "\nlocal 2 x " in first, "each holds the whole base"
     assert second.strip() == "", "only the first process prints"
     compare(tmp_path / "one", tmp_path / "two")
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
+from tests.training.endurance import kill_and_resume
 from tests.training.jobs import tiny_recipe, write_rows
 from tests.training.processes import fork, wait, wait_until
 from tune.cli.main import _run
@@ -31,53 +30,6 @@ def adapter(run: Path) -> bytes:
 
 def steps_logged(run: Path) -> list[int]:
     return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def ended(child: int) -> bool:
-    """Whether a child has ended; it can still be waited for."""
-    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-
-
-def between_checkpoints(run: RunFolder) -> float:
-    """Seconds from one checkpoint to the next, of a run that has several."""
-    written = [run.checkpoint(step).stat().st_mtime for step in run.steps()]
-    return (written[-1] - written[0]) / (len(written) - 1)
-
-
-def kill_and_resume(folder: Path, kills: int, **changes: Any) -> None:
-    """Train once without interruption and once killed `kills` times; both must end in the same adapter.
-
-    Every kill comes at a random moment, within the time of two checkpoints, after the first new checkpoint of its
-    attempt: while training or while writing the next one. So every attempt but the first goes on from a checkpoint.
-    """
-    whole, cut = RunFolder(folder / "whole"), RunFolder(folder / "cut")
-    recipe = tiny_recipe(folder, output=whole.root, **changes)
-    train(recipe)  # in this process: its children then start with everything imported
-    window = 2 * between_checkpoints(whole)
-
-    recipe = tiny_recipe(folder, output=cut.root, **changes)
-    moments = random.Random(kills)
-    done = 0
-    for _ in range(10 * kills):
-        before = max(cut.steps(), default=0)
-        child = fork(lambda: train(recipe, resume=True) and None, folder / "log")
-        if done < kills:
-            wait_until(lambda: max(cut.steps(), default=0) > before or ended(child))  # noqa: B023
-            time.sleep(moments.uniform(0, window))
-            os.kill(child, signal.SIGKILL)
-        code = wait(child)
-        if code == 0:
-            if done >= kills:
-                break
-            shutil.rmtree(cut.root)  # it got to the end before the kill came: begin again
-            done = 0
-        else:
-            assert code == -signal.SIGKILL, (folder / "log").read_text()
-            done += 1
-    else:
-        pytest.fail(f"{kills} kills did not fit into one run")
-    assert adapter(cut.root) == adapter(whole.root)
-    assert steps_logged(cut.root) == steps_logged(whole.root) == list(range(1, recipe.train.max_steps + 1))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
@@ -98,7 +50,7 @@ def test_a_run_killed_many_times_ends_in_the_same_bytes(tmp_path: Path) -> None:
     eval_data = {"data__eval": [str(tmp_path / "eval.jsonl")], "train__eval_every": 7}
     steps = max(120, 6 * KILLS)
     changes = {"train__max_steps": steps, "train__save_every": 1, "adapter__dropout": 0.1, **eval_data}
-    kill_and_resume(tmp_path, kills=KILLS, **changes)
+    kill_and_resume(tmp_path, KILLS, ("any", "write", "any", "start"), **changes)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import os
@@ -188,7 +189,13 @@ def recipes(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and end the process with its exit code: 0, 1, 2, 3, 130 or 143."""
-    sys.exit(_run(arguments))
+    code = _run(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # a log on a full disk: what it does not take is lost, and the exit code says the rest
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(code)
 
 
 # Typer carries its own copy of click in newer releases; its public names lead to the base of every usage error.
@@ -237,8 +244,9 @@ def _run(arguments: list[str] | None) -> int:
     except TuneError as error:
         from tune.export.secrets import redact  # a secret may stand in a path, or in what a library said
 
-        if _says(error):
-            print(redact(str(error)), file=sys.stderr)
+        if _says(error) and not (isinstance(error, StoppedError) and int(os.environ.get("RANK", "0"))):
+            with contextlib.suppress(OSError):  # the log may be on the disk that is full
+                print(redact(str(error)), file=sys.stderr)
         return error.exit_code
     except _UsageError as error:
         print(_usage(error), file=sys.stderr)

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -20,6 +21,7 @@ from rich.progress import (
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from tune.folder import explain_os_errors
 from tune.progress import Progress, size
 
 
@@ -33,7 +35,11 @@ class ConsoleProgress(Progress):
         self._training = False
 
     def line(self, text: str) -> None:
-        self.console.print(text, markup=False)
+        self._print(text)
+
+    def _print(self, what: str | Table) -> None:
+        with explain_os_errors(Path("standard output"), "go on with --resume", "where it goes"):
+            self.console.print(what, markup=False)
 
     def warn(self, text: str) -> None:
         print(f"warning: {text}", file=sys.stderr)
@@ -74,7 +80,7 @@ class ConsoleProgress(Progress):
         rows = coverage.trained_rows
         table.add_row("embeddings, norms, head", "", "", "", size(rest), f"{rows.parameters:,}" if rows else "-")
         table.add_row("all", "", "", "", size(coverage.frozen_bytes), f"{coverage.adapter_parameters:,}")
-        self.console.print(table)
+        self._print(table)
 
     def steps(self, done: int, total: int) -> None:
         self._training = True

@@ -49,8 +49,9 @@ The objects of `metrics.jsonl` have a `router` of:
 
 ## Stopping and going on
 
-Ctrl-C and SIGTERM let the step end and write a checkpoint; a second one leaves at once. The same command with
-`--resume` goes on from the newest whole checkpoint, which is also what a kill, a full disk or a power cut leaves. On
+Ctrl-C and SIGTERM let the step end and write a checkpoint; a second one leaves at once. An evaluation is cut short, and
+comes after the resume. Before the first step the first one leaves at once. The same command with `--resume` goes on
+from the newest whole checkpoint, which is also what a kill, a full disk or a power cut leaves. On
 the same kind of machine, with the same versions, it ends bit for bit where it would have ended without the stop. Where
 there is no run yet `--resume` starts one, and of a finished run it says so. Without it an existing run is left alone
 and refused.
@@ -64,7 +65,14 @@ value, and so is a base or data that is not what it was.
 
 - The run folder exists, or another process trains in it: choose another `output`, or `--resume`.
 - The loss is not finite. Such a step is not applied. After `train.max_bad_steps` of them in a row the run ends with
-  exit code 3; lower `train.learning_rate`, or look at the rows that the message names.
+  exit code 3; lower `train.learning_rate`, or look at the rows that the message names. `metrics.jsonl` has all rows of
+  such a step, under `examples`.
+- Memory runs out. The step, or the evaluation, is done again in shorter rows, and where they are as short as the
+  longest example, with activations that are computed again if `train.recompute` is `auto`. A warning says so once, and
+  a resumed run keeps the smaller size. If the longest example does not fit even so, the run ends with what the memory
+  is needed for and the keys that change it. Where a launcher splits the base over devices, it ends at once.
+- The disk is full, read-only or gone. The run ends, and the last whole checkpoint is as it was. A checkpoint that was
+  damaged on the disk is named and passed over. [Reliability](reliability.md) says how all of this is tested.
 - The adapter is worse than the base on held-out data. The run ends well, with a warning.
 - Data that looks wrong is warned about before the first step; `tune check` says the same without loading the base.
 
@@ -116,12 +124,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tune.cli.program import command
+from tune.cli.stopping import stopping_at_once
 from tune.data.sources import check_places
 from tune.folder import RunFolder, explain_os_errors
 from tune.recipe.later import refusals
 from tune.recipe.load import load_recipe
 
 if TYPE_CHECKING:
+    from tune.recipe.schema import Recipe
     from tune.run import FinishedRun
 
 
@@ -140,17 +150,21 @@ def train(recipe_path: str, overrides: list[str], resume: bool, quiet: bool) -> 
         check_places(recipe.data)
     if quiet:
         os.environ.setdefault("WANDB_SILENT", "true")
+    with stopping_at_once(str(recipe.output)):
+        result = _run(recipe, resume, quiet)
+    if not quiet and not int(os.environ.get("RANK", "0")):
+        _summarise(result)
 
+
+def _run(recipe: Recipe, resume: bool, quiet: bool) -> FinishedRun:
     from tune.cli.progress import ConsoleProgress, QuietProgress
-    from tune.run import train as run_training
+    from tune.run import train
 
     progress = QuietProgress() if quiet else ConsoleProgress()
     try:
-        result = run_training(recipe, resume, progress)
+        return train(recipe, resume, progress)
     finally:
         progress.close()
-    if not quiet and not int(os.environ.get("RANK", "0")):
-        _summarise(result)
 
 
 def _summarise(result: FinishedRun) -> None:

@@ -6,6 +6,7 @@ autograd keeps for each token, per layer and once for the whole model, and takes
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ import torch
 
 from tune.errors import ModelError
 from tune.models.catalog import is_mixture
+from tune.progress import size
 from tune.recipe import schema
 
 CPU_ROW_TOKENS = 512
@@ -81,10 +83,10 @@ def plan_rows(section: schema.Train, config: Any, max_length: int, dtype: torch.
         return RowPlan(CPU_ROW_TOKENS if section.micro_batch_tokens == "auto" else section.micro_batch_tokens, chosen)
     torch.cuda.empty_cache()  # what quantisation left over is free again
     free = torch.cuda.mem_get_info(device)[0] * _SHARE
-    size = torch.empty((), dtype=dtype).element_size()
+    width = torch.empty((), dtype=dtype).element_size()
 
     def fits(recompute: Recompute) -> int:
-        return int(free // activation_bytes_per_token(config, size, recompute))
+        return int(free // activation_bytes_per_token(config, width, recompute))
 
     low, high = GPU_ROW_TOKENS
     wanted = (
@@ -97,9 +99,69 @@ def plan_rows(section: schema.Train, config: Any, max_length: int, dtype: torch.
     return RowPlan(max(low, min(high, fits(chosen))), chosen)
 
 
-def keep_automatic(section: schema.Train, now: RowPlan, before: RowPlan) -> RowPlan:
-    """Return the plan to resume with: what `auto` chose before stays, since the free memory may differ now."""
+def keep_automatic(section: schema.Train, now: RowPlan, before: RowPlan, shortened_from: int = 0) -> RowPlan:
+    """Return the plan to resume with: what `auto` chose before stays, since the free memory may differ now.
+
+    So does the length that rows were brought down to when the length in the recipe, `shortened_from`, did not fit,
+    as long as the recipe still says that one.
+    """
+    same = section.micro_batch_tokens in ("auto", shortened_from)
     return RowPlan(
-        before.row_tokens if section.micro_batch_tokens == "auto" else now.row_tokens,
+        before.row_tokens if same else now.row_tokens,
         before.recompute if section.recompute == "auto" else now.recompute,
     )
+
+
+def smaller(plan: RowPlan, failed: int, longest: int, may_recompute: bool) -> RowPlan | None:
+    """Return the next plan that needs less memory, or None where there is none.
+
+    Args:
+        plan: how the row was run.
+        failed: tokens of the row that did not fit.
+        longest: tokens of the longest example: such a row occurs whatever is planned.
+        may_recompute: whether activations were kept that need not be, and the recipe leaves that open.
+    """
+    if failed > longest:
+        return RowPlan(max(longest, failed // 2), plan.recompute)
+    if may_recompute and plan.recompute != "full":
+        return RowPlan(plan.row_tokens, "full")
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryParts:
+    """What a device needs memory for while a row is trained on, in bytes; estimates but for the first."""
+
+    weights: int
+    """The frozen base, as it is stored."""
+    adapter: int
+    """The adapter with its gradient and the optimizer's moments."""
+    row: int
+    """What autograd keeps of one row."""
+
+    def words(self, tokens: int) -> str:
+        """The parts of a row of `tokens` tokens, for a message."""
+        return (
+            f"{size(self.weights)} for weights, {size(self.adapter)} for adapter and optimizer, {size(self.row)} for "
+            f"activations of {tokens:,} tokens"
+        )
+
+
+def memory_parts(model: Any, section: schema.Train, plan: RowPlan, tokens: int) -> MemoryParts:
+    """Return what memory is needed for when `model` (adapted, as loaded) trains on a row of `tokens` tokens."""
+    frozen = [p for p in (*model.parameters(), *model.buffers()) if not p.requires_grad]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    moments = 8 if section.optimizer == "adamw" else 2
+    width = torch.empty((), dtype=model.dtype).element_size()
+    return MemoryParts(
+        sum(p.numel() * p.element_size() for p in frozen),
+        trained * (4 + 4 + moments),
+        tokens * activation_bytes_per_token(model.config, width, plan.recompute),
+    )
+
+
+def installed_bytes(device: torch.device) -> int:
+    """Memory that there is in all, used or not: of the GPU, or of the machine."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

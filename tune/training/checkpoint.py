@@ -31,6 +31,7 @@ from tune.adapters.lora import adapter_bytes, adapter_config_text, read_adapter
 from tune.errors import RunError
 from tune.folder import RunFolder, explain_os_errors, whole, write_folder
 from tune.planning.memory import Recompute
+from tune.training.metrics import finite
 from tune.training.optimizer import NamedParameters, optimizer_state, restore_optimizer
 from tune.versions import versions
 
@@ -62,11 +63,15 @@ class TrainingState:
     """Of the base's files."""
     row_tokens: int = 0
     """Longest row, so that an automatic choice is made once for the whole run."""
+    shortened_from: int = 0
+    """What the longest row was planned to be, if memory ran out and rows are shorter since; else 0."""
     recompute: Recompute = "none"
     """What the backward computes again."""
     expert_counts: list[list[int]] | None = None
     """Tokens that chose each expert of each layer in the newest step that was applied; the next balance loss goes by
     them."""
+    unlogged: dict[str, Any] | None = None
+    """The metrics of the newest step while the evaluation that belongs to it is still to come."""
 
 
 def machine() -> dict[str, Any]:
@@ -118,6 +123,7 @@ def save_checkpoint(
         "random": {"seed": seed, "scheme": "generators are seeded at every step from (seed, step, process)"},
         **machine(),
     }
+    run.check_there()
     newest = run.steps()
     kept = f"the last whole checkpoint is {run.checkpoint(newest[-1])}" if newest else "there is no checkpoint yet"
     with explain_os_errors(run.root, f"go on with --resume ({kept})"):
@@ -127,7 +133,7 @@ def save_checkpoint(
                 "adapter_config.json": adapter_config_text(model),
                 "adapter_model.safetensors": adapter_bytes(model),
                 "optimizer.safetensors": save(tensors),
-                "state.json": json.dumps(content, indent=1) + "\n",
+                "state.json": json.dumps(finite(content), indent=1, allow_nan=False) + "\n",
             },
             manifest=True,
         )
@@ -164,7 +170,10 @@ def read_state(folder: Path) -> tuple[TrainingState, dict[str, Any]]:
         names = TrainingState.__dataclass_fields__
         if isinstance(content.get("recompute"), bool):  # as an earlier version wrote it
             content["recompute"] = "full" if content["recompute"] else "none"
-        return TrainingState(**{key: value for key, value in content.items() if key in names}), content
+        state = TrainingState(**{key: value for key, value in content.items() if key in names})
+        if state.unlogged is not None:  # JSON has no word for a number that is not finite
+            state.unlogged = {key: float("nan") if value is None else value for key, value in state.unlogged.items()}
+        return state, content
     except (OSError, ValueError, TypeError) as error:
         raise RunError(
             f"{folder}: its state.json cannot be read ({error}). Remove this folder to use the one before."

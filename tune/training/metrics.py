@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -32,6 +33,7 @@ class Metrics:
     def __init__(self, run: RunFolder, recipe: Recipe, devices: Devices, step: int) -> None:
         """Open the log at `step`: what a killed process wrote beyond its last checkpoint is dropped."""
         self._file: IO[str] | None = None
+        self._path = run.metrics
         self._trackers: list[Any] = []
         devices.first(lambda: self._open(run, recipe, step))
 
@@ -45,26 +47,30 @@ class Metrics:
         """Append one step; numbers that JSON has no word for become null."""
         if self._file is None:
             return
-        plain = _finite(metrics)
-        self._file.write(json.dumps(plain) + "\n")
-        self._file.flush()
+        plain = finite(metrics)
+        line = json.dumps(plain, allow_nan=False) + "\n"
+        with explain_os_errors(self._path, "go on with --resume"):
+            self._file.write(line)
+            self._file.flush()
         for tracker in self._trackers:
             tracker.log({k: v for k, v in _series(plain) if k != "step" and v is not None}, step=metrics["step"])
 
     def close(self) -> None:
         """End the log and the trackers."""
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # a full disk: said already, when a line could not be written
+                self._file.close()
         for tracker in self._trackers:
             tracker.finish()
         self._trackers = []
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Return what JSON can hold of `value`: an infinity or NaN becomes null."""
     if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_finite(inner) for inner in value]
+        return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not (abs(value) < float("inf")) else value
 
 

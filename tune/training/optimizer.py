@@ -83,6 +83,13 @@ def optimizer_state(
     return tensors, numbers
 
 
+def all_finite(optimizer: torch.optim.Optimizer, named: NamedParameters) -> bool:
+    """Whether no trained parameter and none of its moments holds an infinity or NaN."""
+    held = [tensor for _, p in named for tensor in (p.detach(), *optimizer.state.get(p, {}).values())]
+    floating = [tensor for tensor in held if isinstance(tensor, Tensor) and tensor.is_floating_point()]
+    return all(bool(torch.isfinite(tensor).all()) for tensor in floating)
+
+
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, named: NamedParameters, tensors: dict[str, Tensor], numbers: dict[str, Any]
 ) -> None:

@@ -22,6 +22,7 @@ from tune.adapters.token_rows import head_loss
 from tune.data.collate import Row
 from tune.models.sharding import within
 from tune.training.devices import Devices
+from tune.training.out_of_memory import DidNotFitError, Shortage
 from tune.training.router_balance import RouterLoad, StepBalance
 
 
@@ -89,20 +90,28 @@ def train_step(
         max_grad_norm: the gradient is scaled down to this norm; 0 leaves it.
         devices: the processes.
         balance: this step's, of a mixture of experts.
+
+    Raises:
+        DidNotFitError: on every process, if memory ran out on one; adapter and optimizer are as they were.
     """
-    total = torch.zeros((), device=devices.device)
-    for row, counts in devices.together(rows):
-        if not counts:
-            _idle_row(model, row, parameters)
-            continue
-        if balance is None:
-            loss = objective = row_loss(model, row) / trained_tokens
-        else:
-            cross_entropy, router_logits = row_loss_and_router_logits(model, row)
-            loss = cross_entropy / trained_tokens
-            objective = loss + balance.row_loss(router_logits)
-        torch.autograd.backward(objective)
-        total += loss.detach()
+    total, short = torch.zeros((), device=devices.device), Shortage(devices)
+    with short.caught():
+        for row, counts in devices.together(rows):
+            short.begin(row)
+            if not counts:
+                _idle_row(model, row, parameters)
+                continue
+            if balance is None:
+                loss = objective = row_loss(model, row) / trained_tokens
+            else:
+                cross_entropy, router_logits = row_loss_and_router_logits(model, row)
+                loss = cross_entropy / trained_tokens
+                objective = loss + balance.row_loss(router_logits)
+            torch.autograd.backward(objective)
+            total += loss.detach()
+    if did_not_fit := devices.agree(short.tokens):
+        optimizer.zero_grad(set_to_none=True)
+        raise DidNotFitError(did_not_fit)
     devices.sum_gradients(parameters)
     loss_value = float(devices.sum(total))
     load = balance.finish(devices) if balance is not None else None

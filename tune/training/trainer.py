@@ -10,30 +10,33 @@ from __future__ import annotations
 import signal
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from peft import PeftModel
+from torch import Tensor
 
 from tune.adapters.lora import adapter_parameters
 from tune.data.batches import Order, deal
+from tune.data.collate import Row
 from tune.data.examples import Examples
 from tune.errors import RunError, StoppedError, UntrustworthyError
 from tune.evaluation.loss import held_out_loss, rows_of
 from tune.folder import RunFolder
-from tune.planning.memory import RowPlan
+from tune.planning.memory import RowPlan, memory_parts, smaller
 from tune.progress import Progress
 from tune.recipe.schema import Recipe
 from tune.training.checkpoint import TrainingState, prune, restore_checkpoint, save_checkpoint
 from tune.training.devices import Devices
 from tune.training.metrics import Metrics, peak_memory_bytes
-from tune.training.optimizer import build_optimizer, build_scheduler
+from tune.training.optimizer import all_finite, build_optimizer, build_scheduler
+from tune.training.out_of_memory import DidNotFitError, Shortage, does_not_fit, free, said_of
+from tune.training.recompute import recompute
 from tune.training.router_balance import StepBalance, routers_of
+from tune.training.signals import Signals
 from tune.training.step import StepResult, row_loss, train_step
 
 
@@ -86,11 +89,13 @@ class Trainer:
                 job.progress.line(f"schedule {self.total} steps, was {self.state.total_steps}: derived again")
         self.state.total_steps = self.total
         self.state.data_fingerprint, self.state.base_fingerprint = job.data_fingerprint, job.base_fingerprint
-        self.state.row_tokens, self.state.recompute = job.rows.row_tokens, job.rows.recompute
+        if self.state.row_tokens != job.rows.row_tokens:
+            self.state.shortened_from = 0
+        self._plan(job.rows)
         self.scheduler = build_scheduler(train, self.optimizer, self.total, self.state.step)
         self.network: Any = job.model.get_base_model()
         self.routers = routers_of(self.network)
-        self._signal: int | None = None
+        self.signals = Signals()
 
     def run(self) -> TrainingState:
         """Train to the end and return the final state.
@@ -99,29 +104,32 @@ class Trainer:
             UntrustworthyError: `max_bad_steps` steps in a row had no finite loss or gradient.
             StoppedError: SIGINT or SIGTERM came; the checkpoint of the last whole step is on the disk.
             RunError: the disk is full or gone.
+            RecipeError: memory ran out, and nothing smaller is left to try.
         """
         job, train, state = self.job, self.job.recipe.train, self.state
         metrics = Metrics(job.run, job.recipe, job.devices, state.step)
         job.progress.steps(state.step, self.total)
         self.network.train()
         try:
-            with self._signals():
+            with self.signals.noted(job.progress.line):
                 if job.held_out is not None and not state.first_eval_done:
                     state.first_loss = state.last_loss = self._evaluate()
                     state.first_eval_done = True
                     job.progress.evaluation(0, state.first_loss, best=False)
-                if state.step < self.total and self._out_of_patience():
+                if state.unlogged is None and state.step < self.total and self._out_of_patience():
                     job.progress.warn(
                         f"patience ended this run at step {state.step}; more steps do not go on from there"
                     )
-                while state.step < self.total and not self._out_of_patience():
-                    entry = self._one_step()
+                while state.unlogged is not None or (state.step < self.total and not self._out_of_patience()):
+                    entry = state.unlogged = state.unlogged or self._one_step()
+                    self._refuse_divergence(metrics, entry)
                     if self._due(train.eval_every) and job.held_out is not None:
                         entry["eval_loss"] = self._evaluate_and_compare()
+                    state.unlogged = None
                     metrics.write(entry)
                     last = state.step == self.total or self._out_of_patience()
                     job.progress.step(entry, self.total, log=self._due(train.log_every))
-                    stop = job.devices.agree(self._signal or 0)
+                    stop = job.devices.agree(self.signals.number)
                     if stop or last or state.step == state.best_step or state.step % train.save_every == 0:
                         self._save()
                     if stop:
@@ -131,24 +139,14 @@ class Trainer:
         return state
 
     def _one_step(self) -> dict[str, Any]:
-        job, train, state = self.job, self.job.recipe.train, self.state
+        job, state = self.job, self.state
         started = time.perf_counter()
-        # Dropout draws from generators that depend on nothing but these three numbers.
-        torch.manual_seed(_seed_of(train.seed, state.step, job.devices.rank))
         chosen = self.order.step(state.step)
-        mine = deal(chosen, self.lengths, job.devices.count)[job.devices.rank]
         tokens = int(self.lengths[chosen].sum())
         rate = self.optimizer.param_groups[0]["lr"]
-        result = train_step(
-            self.network,
-            rows_of(job.train, mine, job.rows.row_tokens, job.packs, job.devices.device),
-            int(self.trained_counts[chosen].sum()),
-            self.parameters,
-            self.optimizer,
-            train.max_grad_norm,
-            job.devices,
-            self._balance(tokens),
-        )
+        result = None
+        while result is None:
+            result = self._try_step(chosen, tokens)
         state.step += 1
         with warnings.catch_warnings():
             # A step that was not applied moves the schedule on all the same; torch takes that for a mistake.
@@ -172,7 +170,59 @@ class Trainer:
             "tokens_per_second": round(tokens / seconds, 1),
             "memory_bytes": peak_memory_bytes(job.devices.device),
         }
+        if not result.applied:
+            entry["examples"] = [job.train.where(number) for number in chosen]
         return entry if result.router is None else {**entry, "router": result.router.metrics()}
+
+    def _try_step(self, chosen: list[int], tokens: int) -> StepResult | None:
+        """Do a step; None if memory ran out, the plan is a smaller one now, and nothing else has changed."""
+        job, train = self.job, self.job.recipe.train
+        # Dropout draws from generators that depend on nothing but these three numbers.
+        torch.manual_seed(_seed_of(train.seed, self.state.step, job.devices.rank))
+        mine = deal(chosen, self.lengths, job.devices.count)[job.devices.rank]
+        try:
+            return train_step(
+                self.network,
+                rows_of(job.train, mine, self.rows.row_tokens, job.packs, job.devices.device),
+                int(self.trained_counts[chosen].sum()),
+                self.parameters,
+                self.optimizer,
+                train.max_grad_norm,
+                job.devices,
+                self._balance(tokens),
+            )
+        except DidNotFitError as error:
+            did_not_fit = error.tokens
+        self._need_less(did_not_fit, trains=True)
+        return None
+
+    def _plan(self, rows: RowPlan) -> None:
+        self.rows = rows
+        self.state.row_tokens, self.state.recompute = rows.row_tokens, rows.recompute
+
+    def _need_less(self, did_not_fit: int, trains: bool) -> None:
+        """Go over to the next smaller plan.
+
+        Raises:
+            RecipeError: there is none; a checkpoint of the last whole step is on the disk.
+        """
+        job, before, device = self.job, self.rows, self.job.devices.device
+        free(device)
+        longest = max(int(part.lengths.max()) for part in (job.train, job.held_out) if part is not None)
+        automatic = job.recipe.train.recompute == "auto"
+        after = smaller(before, did_not_fit, longest, may_recompute=trains and automatic)
+        if after is None:
+            parts = memory_parts(self.network, job.recipe.train, before, did_not_fit)
+            if self.state.step and self.state.step not in job.run.steps():
+                self._save()
+            saved = f"Step {self.state.step} is saved." if self.state.step else "No step was done."
+            raise does_not_fit(job.recipe, before, parts, did_not_fit, longest, saved, device)
+        job.progress.warn(said_of(before, after, did_not_fit, bool(job.recipe.adapter.dropout)))
+        if after.row_tokens < before.row_tokens:
+            self.state.shortened_from = self.state.shortened_from or before.row_tokens
+        if after.recompute != before.recompute:
+            recompute(job.model, after.recompute)
+        self._plan(after)
 
     def _balance(self, tokens: int) -> StepBalance | None:
         if self.routers is None:
@@ -181,19 +231,23 @@ class Trainer:
         return StepBalance(self.routers, weight, tokens, self.state.expert_counts, self.job.devices.device)
 
     def _count_bad(self, result: StepResult) -> None:
+        state = self.state
+        state.bad_steps = 0 if result.applied else state.bad_steps + 1
+        if not result.applied:
+            numbers = f"loss {result.loss}, gradient norm {result.grad_norm}"
+            self.job.progress.warn(f"step {state.step}: {numbers}: not applied")
+
+    def _refuse_divergence(self, metrics: Metrics, entry: dict[str, Any]) -> None:
         state, limit = self.state, self.job.recipe.train.max_bad_steps
-        if result.applied:
-            state.bad_steps = 0
-            return
-        state.bad_steps += 1
-        self.job.progress.warn(f"step {state.step}: loss {result.loss}, gradient norm {result.grad_norm}: not applied")
         if state.bad_steps >= limit:
+            metrics.write(entry)
             examples = self.order.step(state.step - 1)
             where = ", ".join(self.job.train.where(i) for i in examples[:3])
             raise UntrustworthyError(
                 f"{self.job.run.root}: the loss diverged: {limit} steps in a row, the last of them step {state.step} "
-                f"(rows such as {where}), had no finite loss or gradient. Nothing of them was saved. "
-                "Lower train.learning_rate, or look at those rows with `tune preview`."
+                f"(rows such as {where}; all of them are in {self.job.run.metrics.name}), had no finite loss or "
+                "gradient. Nothing of them was saved. Lower train.learning_rate, or look at those rows with "
+                "`tune preview`."
             )
 
     def _due(self, every: int) -> bool:
@@ -204,22 +258,46 @@ class Trainer:
         return patience is not None and self.state.evaluations_since_best >= patience
 
     def _evaluate(self) -> float:
+        """Return the held-out loss, in shorter rows if memory runs out.
+
+        Raises:
+            StoppedError: a signal came; if a step has been done, it is saved, and its evaluation comes on resume.
+        """
         job = self.job
         assert job.held_out is not None
-        with job.progress.phase("evaluating") as advance:
-            return held_out_loss(
-                self.network,
-                job.held_out,
-                row_loss,
-                job.rows.row_tokens,
-                job.packs,
-                job.devices.device,
-                job.devices.rank,
-                job.devices.count,
-                job.devices.sum,
-                job.devices.together,
-                advance,
-            )
+        while True:
+            short = Shortage(job.devices)
+            with job.progress.phase("evaluating") as advance:
+                loss = held_out_loss(
+                    self.network,
+                    job.held_out,
+                    partial(self._unless_over, short),
+                    self.rows.row_tokens,
+                    job.packs,
+                    job.devices.device,
+                    job.devices.rank,
+                    job.devices.count,
+                    job.devices.sum,
+                    job.devices.together,
+                    advance,
+                )
+            if stop := job.devices.agree(self.signals.number):
+                if self.state.unlogged is not None:
+                    self._save()
+                self._stop(stop)
+            did_not_fit = job.devices.agree(short.tokens)
+            if not did_not_fit:
+                return loss
+            self._need_less(did_not_fit, trains=False)
+
+    def _unless_over(self, short: Shortage, model: Any, row: Row) -> Tensor:
+        """A row's loss, or zero where the evaluation will not count: all processes still have to meet at its end."""
+        over = short.tokens or self.signals.number
+        if not over or self.job.devices.sharded:
+            with short.caught():
+                short.begin(row)
+                return row_loss(model, row)
+        return torch.zeros((), device=self.job.devices.device)
 
     def _evaluate_and_compare(self) -> float:
         state = self.state
@@ -238,6 +316,12 @@ class Trainer:
 
     def _save(self) -> None:
         job, state = self.job, self.state
+        if not all_finite(self.optimizer, self.named):  # on every process, which all hold the same
+            raise UntrustworthyError(
+                f"{job.run.root}: the loss diverged: after step {state.step} the adapter or its moments hold numbers "
+                "that are not finite. Nothing of it was saved. Lower train.learning_rate, and go on from the last "
+                "checkpoint by starting another run with adapter.start_from."
+            )
 
         def save() -> None:
             seed = job.recipe.train.seed
@@ -254,29 +338,6 @@ class Trainer:
         raise StoppedError(
             f"{self.job.run.root}: stopped by {name} {at}. Go on with the same command and --resume.", 128 + number
         )
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Note the first SIGINT or SIGTERM and let the step end; a second one takes its usual course."""
-
-        def note(number: int, frame: FrameType | None) -> None:
-            self._signal = number
-            signal.signal(number, before[number])
-            self.job.progress.line(
-                f"{signal.Signals(number).name}: saving a checkpoint after this step (again leaves at once)"
-            )
-
-        before: dict[int, Any] = {}
-        try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                before[number] = signal.signal(number, note)
-        except ValueError:
-            pass  # not the main thread: whoever runs it handles signals
-        try:
-            yield
-        finally:
-            for noted, handler in before.items():
-                signal.signal(noted, handler)
 
 
 def _seed_of(*numbers: int) -> int:
