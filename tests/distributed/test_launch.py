@@ -188,6 +188,26 @@ def test_a_process_that_fails_to_import_ends_the_launch(tmp_path: Path) -> None:
     assert not (tmp_path / "run/adapter").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "environment", "code", "words"),
+    [
+        (["--cpu"], {}, 0, "devices 1\n"),
+        (["--cpu"], {"WORLD_SIZE": "4"}, 1, "the environment says WORLD_SIZE=4, accelerate counts 1 processes"),
+        (["--multi_gpu"], {"WORLD_SIZE": "4"}, 0, "devices 2 ddp\n"),
+    ],
+    ids=["a single process", "which takes itself for one of four", "two that the launcher tells what they are"],
+)
+def test_two_processes_on_cpus_asked_for_in_several_ways(
+    options: list[str], environment: dict[str, str], code: int, words: str, tmp_path: Path
+) -> None:
+    tiny_recipe(tmp_path, train__max_steps=1)
+    done = run([*two(*options), "train", str(tmp_path / "recipe.yaml")], **environment)
+    assert bool(done.returncode) == bool(code), done.stderr
+    assert (done.stdout + done.stderr).count(words) == 1, done.stderr
+    assert (tmp_path / "run" / "adapter").exists() == (code == 0)
+
+
 @pytest.fixture
 def machines() -> Iterator[list[tuple[str, str]]]:
     """Two network namespaces joined by a cable: their names and addresses."""

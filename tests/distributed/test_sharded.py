@@ -136,8 +136,10 @@ def resume(folder: Path, name: str, count: int, environment: dict[str, str]) -> 
         ((2, FSDP), (1, DDP)),
         pytest.param((1, DDP), (4, FSDP), marks=pytest.mark.slow),
         pytest.param((2, DDP), (4, FSDP), marks=pytest.mark.slow),
+        pytest.param((2, DDP), (4, DDP), marks=pytest.mark.slow),
+        pytest.param((4, DDP), (1, DDP), marks=pytest.mark.slow),
     ],
-    ids=["2 sharded, then 1", "1, then 4 sharded", "2 whole, then 4 sharded"],
+    ids=["2 sharded, then 1", "1, then 4 sharded", "2 whole, then 4 sharded", "2 whole, then 4", "4 whole, then 1"],
 )
 def test_a_checkpoint_resumes_on_any_number_of_processes(
     first: tuple[int, dict[str, str]], second: tuple[int, dict[str, str]], tmp_path: Path

@@ -322,8 +322,12 @@ def test_a_real_allocator_fails_and_the_run_goes_on(tmp_path: Path) -> None:
         def limited(self: trainer.Trainer) -> Any:
             pages = int(Path("/proc/self/statm").read_text().split()[0])
             limit = pages * resource.getpagesize() + 150_000_000
-            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-            return plain(self)
+            before = resource.getrlimit(resource.RLIMIT_AS)
+            resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
+            try:
+                return plain(self)
+            finally:
+                resource.setrlimit(resource.RLIMIT_AS, before)
 
         trainer.Trainer.run = limited  # type: ignore[method-assign]
         return _run(["train", str(tmp_path / "recipe.yaml")])
@@ -415,10 +419,10 @@ def test_any_other_error_passes() -> None:
     class Apart:
         sharded = False
 
-    class Together:
-        sharded = True
-
-    with pytest.raises(ValueError, match="other"), Shortage(Apart()).caught():  # type: ignore[arg-type]
+    short = Shortage(Apart(), None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="other"), short.caught():
         raise ValueError("other")
-    with pytest.raises(MemoryError), Shortage(Together()).caught():  # type: ignore[arg-type]
+    assert short.tokens == 0
+    with short.caught():
         raise MemoryError
+    assert short.tokens == 1

@@ -325,6 +325,8 @@ def _try(model: Any, name: str, chosen: str) -> str | None:
         fault = find_fault(model)
         if fault is None and name not in (chosen, BLOCKS):
             fault = find_fault_in_gradients(model, name, chosen)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise  # it says nothing of the kernel; and processes must not choose apart
     except Exception as error:
         # Kernels of others raise whatever they like; what transformers chose must work, or nothing does.
         if name == chosen:

@@ -147,14 +147,16 @@ class MemoryParts:
         )
 
 
-def memory_parts(model: Any, section: schema.Train, plan: RowPlan, tokens: int) -> MemoryParts:
-    """Return what memory is needed for when `model` (adapted, as loaded) trains on a row of `tokens` tokens."""
-    frozen = [p for p in (*model.parameters(), *model.buffers()) if not p.requires_grad]
+def memory_parts(model: Any, weights: int, section: schema.Train, plan: RowPlan, tokens: int) -> MemoryParts:
+    """Return what memory is needed for when `model` (adapted, as loaded) trains on a row of `tokens` tokens.
+
+    `weights` are the bytes of its frozen part on a device.
+    """
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     moments = 8 if section.optimizer == "adamw" else 2
     width = torch.empty((), dtype=model.dtype).element_size()
     return MemoryParts(
-        sum(p.numel() * p.element_size() for p in frozen),
+        weights,
         trained * (4 + 4 + moments),
         tokens * activation_bytes_per_token(model.config, width, plan.recompute),
     )

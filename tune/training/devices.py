@@ -37,6 +37,9 @@ class Devices:
                 "--multi_gpu, where each device holds the packed base and only the adapter's gradients meet, or with "
                 "--use_fsdp --fsdp_version 2, which splits the base over the devices as ZeRO stage 3 does."
             )
+        asked = os.environ.get("WORLD_SIZE", "1")
+        if asked != "1" and not any(name in os.environ for name in _RANKS):
+            raise RunError(_apart(asked, 1))  # accelerate would wait for the others, which nobody has started
         from accelerate import Accelerator
 
         with _without(_FSDP):  # the base is split by us, and accelerate is not to wrap it
@@ -48,13 +51,8 @@ class Devices:
         """Whether the base is split over the devices, so that all must run as many rows."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        asked = os.environ.get("WORLD_SIZE", "1")
         if asked != str(self.count):
-            raise RunError(
-                f"accelerate launch: the environment says WORLD_SIZE={asked}, accelerate counts {self.count} "
-                "processes. They would train apart. On CPUs launch with ACCELERATE_USE_CPU=true accelerate launch "
-                f"--multi_gpu --num_processes {asked}."
-            )
+            raise RunError(_apart(asked, self.count))
         self.processes = self.gather(introduction())
         """Each process by its machine and number, so that one that is gone can be told."""
 
@@ -84,7 +82,13 @@ class Devices:
         mine = list(rows)
         idle = self.agree(len(mine)) - len(mine)
         yield from ((row, True) for row in mine)
-        yield from ((_idle(self.device), False) for _ in range(idle))
+        yield from ((self.idle_row(), False) for _ in range(idle))
+
+    def idle_row(self) -> Row:
+        """Return the shortest row that goes through all of a model: two tokens of which one is to be predicted."""
+        zero = torch.zeros(1, dtype=torch.int64, device=self.device)
+        ids, positions = zero.expand(1, 2).clone(), torch.arange(2, device=self.device)[None]
+        return Row(ids, positions, zero, zero)
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Replace every gradient by its sum over the processes, in one transfer. A missing gradient counts as zero."""
@@ -144,6 +148,17 @@ class Devices:
 _FSDP = "ACCELERATE_USE_FSDP"
 """What accelerate's launcher sets where its configuration asks for FSDP; on a CPU it does no more than that."""
 
+_RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+"""Where launchers say which process this is, and accelerate looks for it."""
+
+
+def _apart(asked: str, count: int) -> str:
+    return (
+        f"accelerate launch: the environment says WORLD_SIZE={asked}, accelerate counts {count} processes. They would "
+        "train apart. On CPUs launch with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes "
+        f"{asked}."
+    )
+
 
 def _asked(variable: str) -> bool:
     return os.environ.get(variable, "").lower() in ("1", "true")
@@ -157,9 +172,3 @@ def _without(variable: str) -> Iterator[None]:
     finally:
         if value is not None:
             os.environ[variable] = value
-
-
-def _idle(device: torch.device) -> Row:
-    """Return the shortest row that goes through all of a model: two tokens of which one is to be predicted."""
-    zero = torch.zeros(1, dtype=torch.int64, device=device)
-    return Row(torch.zeros(1, 2, dtype=torch.int64, device=device), torch.arange(2, device=device)[None], zero, zero)

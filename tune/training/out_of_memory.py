@@ -4,6 +4,9 @@ A row that does not fit costs no more than its time. The step, or the evaluation
 where rows are as short as the longest example, with activations that are computed again (`planning.memory.smaller`).
 Rows change the speed of a step and never what it computes, so the run goes on as if it had been planned so. All
 processes take the same way: each notes the row that did not fit, and they agree on the longest.
+
+Where the base is split over the devices, the others are in the middle of the same row and wait for this one's part in
+each layer. It frees what it held, follows them through the row with one of two tokens, and runs such rows to the end.
 """
 
 from __future__ import annotations
@@ -11,13 +14,15 @@ from __future__ import annotations
 import errno
 import gc
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 from tune.data.collate import Row
 from tune.errors import RecipeError
+from tune.models.sharding import begin_row, break_off, may_break_off
 from tune.planning.memory import MemoryParts, RowPlan, installed_bytes
 from tune.progress import size
 from tune.recipe.schema import Recipe
@@ -49,29 +54,61 @@ class DidNotFitError(Exception):
 
 
 class Shortage:
-    """Whether memory ran out in a piece of work, and at which row."""
+    """The rows of a piece of work (a step, an evaluation), and whether memory ran out at one of them."""
 
-    def __init__(self, devices: Devices) -> None:
+    def __init__(self, devices: Devices, model: Any) -> None:
         self.tokens = 0
-        """Of the row that did not fit; 0 while every row has."""
+        """Of the longest row that did not fit; 0 while every row has."""
+        self._devices, self._model = devices, model
         self._at = 1
-        # Processes that gather each layer together cannot leave a row apart: the others would wait for ever.
-        self._passes = devices.sharded
+        self._broke_off = self._rejoins = False
 
-    def begin(self, row: Row) -> None:
-        """Remember which row is being computed."""
-        self._at = row.ids_1T.shape[1]
+    def rows(self, mine: Iterable[Row]) -> Iterator[tuple[Row, bool]]:
+        """Yield the rows to run, and whether each counts; each must be run within `caught`.
+
+        Where a row does not fit, a process with a base of its own has no further rows. One that shares its base with
+        others has as many as they, and none of them counts.
+        """
+        if self._devices.sharded:
+            yield from self._rows_of_all(mine)
+            return
+        rows = iter(mine)
+        while not self.tokens:
+            row = None
+            with self.caught():
+                row = next(rows, None)
+            if row is None:
+                return
+            yield row, True
+
+    def _rows_of_all(self, mine: Iterable[Row]) -> Iterator[tuple[Row, bool]]:
+        ours: list[Row] = []
+        with self.caught():
+            ours.extend(mine)
+        self._broke_off = False
+        for row, counts in self._devices.together(ours):
+            yield (self._devices.idle_row(), False) if self.tokens else (row, counts)
+            if self._broke_off:
+                free(self._devices.device)
+                break_off(self._model)
+                self._broke_off, self._rejoins = False, True
+                yield self._devices.idle_row(), False
+                self._rejoins = False
 
     @contextmanager
-    def caught(self) -> Iterator[None]:
+    def caught(self, row: Row | None = None) -> Iterator[None]:
         """End the block where memory runs out, and note the row; any other error passes."""
+        if row is not None and not self._rejoins:
+            self._at = row.ids_1T.shape[1]
+            begin_row(self._model)
         try:
             yield
         except Exception as error:
-            if self._passes or not is_out_of_memory(error):
+            # A second time at the same place: with a row of two tokens there is nothing left to free.
+            if not is_out_of_memory(error) or self._rejoins or not may_break_off(self._model):
                 raise
             # The error leads to every frame below, and with them to all that was computed: it must not be kept.
-            self.tokens = self._at
+            self.tokens, self._broke_off = max(self.tokens, self._at), True
 
 
 def free(device: torch.device) -> None:

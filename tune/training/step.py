@@ -69,6 +69,21 @@ def _idle_row(model: Any, row: Row, parameters: Sequence[nn.Parameter]) -> None:
         parameter.grad = gradient
 
 
+def _row(model: Any, row: Row, trained_tokens: int, balance: StepBalance | None) -> Tensor:
+    """Add a row's gradient, and return its part of the step's loss.
+
+    A function of its own, so that nothing of a row that does not fit is held once its error is gone.
+    """
+    if balance is None:
+        loss = objective = row_loss(model, row) / trained_tokens
+    else:
+        cross_entropy, router_logits = row_loss_and_router_logits(model, row)
+        loss = cross_entropy / trained_tokens
+        objective = loss + balance.row_loss(router_logits)
+    torch.autograd.backward(objective)
+    return loss.detach()
+
+
 def train_step(
     model: Any,
     rows: Iterable[Row],
@@ -94,21 +109,13 @@ def train_step(
     Raises:
         DidNotFitError: on every process, if memory ran out on one; adapter and optimizer are as they were.
     """
-    total, short = torch.zeros((), device=devices.device), Shortage(devices)
-    with short.caught():
-        for row, counts in devices.together(rows):
-            short.begin(row)
-            if not counts:
-                _idle_row(model, row, parameters)
-                continue
-            if balance is None:
-                loss = objective = row_loss(model, row) / trained_tokens
+    total, short = torch.zeros((), device=devices.device), Shortage(devices, model)
+    for row, counts in short.rows(rows):
+        with short.caught(row):
+            if counts:
+                total += _row(model, row, trained_tokens, balance)
             else:
-                cross_entropy, router_logits = row_loss_and_router_logits(model, row)
-                loss = cross_entropy / trained_tokens
-                objective = loss + balance.row_loss(router_logits)
-            torch.autograd.backward(objective)
-            total += loss.detach()
+                _idle_row(model, row, parameters)
     if did_not_fit := devices.agree(short.tokens):
         optimizer.zero_grad(set_to_none=True)
         raise DidNotFitError(did_not_fit)

@@ -73,11 +73,18 @@ def ending_together(rank: int, processes: Sequence[str], run: str) -> Iterator[N
     except BaseException as error:
         if len(processes) == 1 or isinstance(error, ElsewhereError):
             raise
-        if isinstance(error, TuneError) or not (isinstance(error, RuntimeError) and _BROKEN_OFF.search(str(error))):
+        if not _broke_off(error):
             _leave_note(rank)
             raise
         _outlast_the_launcher()
         raise _lost(rank, processes, run) from error
+
+
+def _broke_off(error: BaseException) -> bool:
+    """Whether a transfer ended for want of another process, or this is what somebody took that for."""
+    while isinstance(error, TuneError) and error.__cause__ is not None:
+        error = error.__cause__
+    return isinstance(error, RuntimeError) and _BROKEN_OFF.search(str(error)) is not None
 
 
 def _outlast_the_launcher() -> None:

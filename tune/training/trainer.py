@@ -26,6 +26,7 @@ from tune.data.examples import Examples
 from tune.errors import RunError, StoppedError, UntrustworthyError
 from tune.evaluation.loss import held_out_loss, rows_of
 from tune.folder import RunFolder
+from tune.models.sharding import local_bytes
 from tune.planning.memory import RowPlan, memory_parts, smaller
 from tune.progress import Progress
 from tune.recipe.schema import Recipe
@@ -212,7 +213,8 @@ class Trainer:
         automatic = job.recipe.train.recompute == "auto"
         after = smaller(before, did_not_fit, longest, may_recompute=trains and automatic)
         if after is None:
-            parts = memory_parts(self.network, job.recipe.train, before, did_not_fit)
+            weights = job.devices.agree(local_bytes(self.network))  # all say the same, or each would say its own
+            parts = memory_parts(self.network, weights, job.recipe.train, before, did_not_fit)
             if self.state.step and self.state.step not in job.run.steps():
                 self._save()
             saved = f"Step {self.state.step} is saved." if self.state.step else "No step was done."
@@ -266,7 +268,7 @@ class Trainer:
         job = self.job
         assert job.held_out is not None
         while True:
-            short = Shortage(job.devices)
+            short = Shortage(job.devices, self.network)
             with job.progress.phase("evaluating") as advance:
                 loss = held_out_loss(
                     self.network,
@@ -278,7 +280,7 @@ class Trainer:
                     job.devices.rank,
                     job.devices.count,
                     job.devices.sum,
-                    job.devices.together,
+                    short.rows,
                     advance,
                 )
             if stop := job.devices.agree(self.signals.number):
@@ -292,10 +294,8 @@ class Trainer:
 
     def _unless_over(self, short: Shortage, model: Any, row: Row) -> Tensor:
         """A row's loss, or zero where the evaluation will not count: all processes still have to meet at its end."""
-        over = short.tokens or self.signals.number
-        if not over or self.job.devices.sharded:
-            with short.caught():
-                short.begin(row)
+        if not self.signals.number or self.job.devices.sharded:
+            with short.caught(row):
                 return row_loss(model, row)
         return torch.zeros((), device=self.job.devices.device)
 
