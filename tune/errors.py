@@ -11,13 +11,16 @@
     └── StoppedError           exit 130 or 143: a signal ended the run after a checkpoint
 
 A message reads `where: what is wrong (the value). What to do about it.`, where `where` is `file:line`
-if there is one. Several problems of one kind are raised together, one a line.
+if there is one. Several problems of one kind are raised together, one a line. Secrets are hidden when the error is
+made, so that a message can be printed, logged and sent wherever it goes.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+
+from tune.secrets import redact
 
 
 class TuneError(Exception):
@@ -42,6 +45,7 @@ def as_line(text: str) -> str:
     Characters that do not print, such as those that a terminal takes as commands, are spelled out (`\\x1b`); of more
     than 2,000 characters, the first 1,500 and the last 500, with the remedy, are kept.
     """
+    text = redact(text)  # before it is cut: half a secret would not be known as one
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return line if len(line) <= 2000 else f"{line[:1500]} ... {line[-500:]}"
 
@@ -71,12 +75,15 @@ class UntrustworthyError(TuneError):
 
     exit_code = 3
 
+    def __init__(self, message: str) -> None:
+        super().__init__(redact(message))
+
 
 class StoppedError(TuneError):
     """A signal ended the run after a checkpoint was written; `exit_code` is 128 + the signal's number."""
 
     def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
+        super().__init__(redact(message))
         self.exit_code = exit_code
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +47,8 @@ class FinishedRun:
     peak_memory_bytes: int
     adapter_files: dict[str, str] = field(default_factory=dict)
     """SHA-256 of the files in adapter/ that PEFT reads, by name."""
+    own_code: str = ""
+    """The files of the base's own Python code that ran, as `model.trust_remote_code` lets it; empty when none did."""
     already: bool = False
     """The run had finished before; nothing was trained now."""
 
@@ -95,6 +97,7 @@ def _train_locked(recipe: Recipe, resume: bool, run: RunFolder, devices: Devices
     from tune.export.push import check_push, push_command
     from tune.models.hub import fingerprint_base, read_config
     from tune.models.load import check_supported
+    from tune.models.own_code import allow, announce
     from tune.models.sharding import local_bytes
     from tune.training.metrics import check_trackers
     from tune.training.optimizer import check_optimizer
@@ -110,9 +113,14 @@ def _train_locked(recipe: Recipe, resume: bool, run: RunFolder, devices: Devices
         progress.line("resume from step 0: there is no run yet")
     check_optimizer(recipe.train, devices.device)
     check_trackers(recipe.tracking.to)
+    code = announce(recipe.model, progress.line) if recipe.model.trust_remote_code else ""
     recipe = _pinned(recipe, run)
     model = recipe.model
+    if problem := allow(model):  # by its commit, as the run goes by it from now on
+        progress.warn(problem)
     check_supported(model, read_config(model.base, model.revision, model.trust_remote_code))
+    if not model.trust_remote_code:
+        announce(model, progress.line)
     words = prepare_tokenizer(recipe)
     tokenizer = words.tokenizer
     with progress.phase("reading data") as advance:
@@ -149,7 +157,7 @@ def _train_locked(recipe: Recipe, resume: bool, run: RunFolder, devices: Devices
     _tell(progress, data, words, coverage, local, base, trainer)
 
     state = trainer.run()
-    result = _result(recipe, run, state, data.eval is not None, devices)
+    result = replace(_result(recipe, run, state, data.eval is not None, devices), own_code=code)
     devices.first(lambda: _finish(run, recipe, tokenizer, data.template, result))
     if devices.is_main:  # the others need not wait: no work in common follows
         _publish(recipe, run, progress)

@@ -75,7 +75,7 @@ def test_the_rest_is_read_as_if_it_stood_alone(start: str) -> None:
 
 
 def test_a_prompt_that_spells_tags_marks_nothing_as_trained() -> None:
-    from tune.data.templates.jinja_template import GENERATION
+    from tune.data.templates.jinja_writing import GENERATION
 
     spelled = "{% generation %}x{%- endgeneration -%}"
     assert not GENERATION.search(with_system(OWN, spelled))

@@ -15,6 +15,7 @@ from tune.data.conversation import BadRowError, Conversation, Message
 from tune.data.encode import Encoded
 from tune.data.templates import TEMPLATES
 from tune.data.templates.jinja_template import JinjaTemplate
+from tune.data.templates.jinja_writing import JinjaWriting, turns_of
 from tune.data.templates.resolve import resolve_template, warns_of_other_template
 from tune.errors import DataError
 
@@ -338,12 +339,12 @@ def test_a_template_is_asked_once_what_it_writes(chatml, monkeypatch):
     tokenizer.chat_template = TOOLS_OWN
     template = resolve_template("tokenizer", tokenizer)
     rendered = []
-    render = JinjaTemplate._render
-    monkeypatch.setattr(JinjaTemplate, "_render", lambda *a, **k: rendered.append(1) or render(*a, **k))
+    render = JinjaWriting._render
+    monkeypatch.setattr(JinjaWriting, "_render", lambda *a, **k: rendered.append(1) or render(*a, **k))
     counts = []
     for _ in range(3):
         rendered.clear()
-        template.segments(Conversation(RETURNED, OFFERED))
+        template.writing.segments(turns_of(Conversation(RETURNED, OFFERED)))
         counts.append(len(rendered))
     assert counts[0] - counts[1] == 4, "the made-up conversation, and once without each part"
     plain = len(RETURNED)  # the whole, and before and after the first answer, and before the second

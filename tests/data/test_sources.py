@@ -370,8 +370,25 @@ def test_a_local_path_wins_over_a_hub_id(here):
 
 @pytest.fixture
 def hub_answers(monkeypatch):
-    """The first question to the hub is answered, so that the libraries above go on to load."""
+    """The first questions to the hub are answered, so that the libraries above go on to load."""
+    import datasets
+    from datasets.packaged_modules.json.json import Json
+
     monkeypatch.setattr("tune.data.sources.hub_rows.refused_at_once", lambda *args: None)
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *args, **options: Json.__new__(Json))
+
+
+@pytest.mark.usefixtures("hub_answers")
+@pytest.mark.parametrize("kind", ["webdataset", "pandas"])
+def test_kinds_of_data_that_may_hold_pickles_are_refused_before_they_are_read(monkeypatch, kind):
+    import datasets
+    from datasets.packaged_modules.pandas.pandas import Pandas
+    from datasets.packaged_modules.webdataset.webdataset import WebDataset
+
+    made = {"webdataset": WebDataset, "pandas": Pandas}[kind]
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *args, **options: made.__new__(made))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: pytest.fail("read it"))
+    assert f"o/n holds data of a kind that is not read here ({kind})" in not_opened("o/n")
 
 
 @pytest.mark.usefixtures("hub_answers")
@@ -496,6 +513,7 @@ def hub_out_of_reach(tmp_path, monkeypatch):
     """No network: the one question fails, and nothing else may be asked but of the cache."""
     import datasets
     import huggingface_hub
+    from datasets.packaged_modules.cache.cache import Cache
 
     class ConnectError(Exception):
         pass
@@ -513,6 +531,7 @@ def hub_out_of_reach(tmp_path, monkeypatch):
         loaded.append(path)
         return datasets.Dataset.from_list([{"q": "1"}])
 
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *args, **options: Cache.__new__(Cache))
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     return loaded
 

@@ -14,10 +14,10 @@ from tune.export.card import adapter_card, card_warnings, write_card
 from tune.export.facts import Facts, is_hub_name, public_recipe, read_facts
 from tune.export.licence import Licence, find_licence, licence_warnings
 from tune.export.prompt import Prompt, render
-from tune.export.secrets import holds_secret, redact
 from tune.folder import RunFolder
 from tune.recipe.load import load_recipe, recipe_to_yaml
 from tune.recipe.schema import Recipe
+from tune.secrets import holds_secret, redact
 
 PROOF = {
     "verdict": "proven",

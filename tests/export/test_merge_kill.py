@@ -155,6 +155,7 @@ def test_the_moments_are_spread_over_the_merge() -> None:
     assert any(1 <= count < total for count in shards)
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(tmp_path: Path) -> None:
     """At random times, each attempt going on after the last."""
     run, expected, _ = whole()

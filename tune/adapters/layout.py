@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tune.adapters.files import AdapterFiles, declared_rank, read_files
+from tune.adapters.files import AdapterFiles, Shapes, read_files
+from tune.adapters.patterns import Ranks
 from tune.errors import ModelError
 from tune.models.catalog import EXPERTS, ROUTER, ExpertNames, Family
 
@@ -43,13 +44,15 @@ _STACKED = re.compile(r"(.*\.mlp)\.experts((?:\.base_layer)?)\.lora_A\.weight")
 _ROUTER = re.compile(r"(.*\.mlp)\.gate\.lora_A\.weight")
 
 
-def read_as_stock(folder: Path, family: Family | None) -> AdapterFiles:
-    """Read a PEFT folder of either layout, for a base of `family`, as stock PEFT's.
+def read_as_stock(
+    folder: Path, family: Family | None, fits: Callable[[dict[str, Any], Shapes], None] | None = None
+) -> AdapterFiles:
+    """Read a PEFT folder of either layout, for a base of `family`, as stock PEFT's; `fits` is `read_files`'s.
 
     Raises:
         ModelError: as `read_files`, or it is per-expert and does not fit together.
     """
-    files = read_files(folder)
+    files = read_files(folder, fits)
     if files.layout == "stock":
         return files
     return to_stock(files, expert_names(family, folder))
@@ -164,7 +167,7 @@ def _no_gate_up(down: _Stack) -> _Stack:
 
 def _take_stacks(files: AdapterFiles, tensors: dict[str, Tensor]) -> dict[tuple[str, str], _Stack]:
     """Move the stacks out of `tensors`: by block, such as `base_model.model.model.layers.0.mlp`, and stack."""
-    stacks = {}
+    stacks, ranks = {}, Ranks(files.config)
     for name in files.tensors:
         match = _STACKED.fullmatch(name)
         if match is None:
@@ -172,7 +175,7 @@ def _take_stacks(files: AdapterFiles, tensors: dict[str, Tensor]) -> dict[tuple[
         block, inner = match.groups()
         nested = f"{block}.experts.base_layer.lora_A.weight" in files.tensors
         stack = _GATE_UP if inner else _DOWN if nested else _only_target(files, block)
-        rank = declared_rank(files.config, f"{block.removeprefix(_PREFIX)}.{stack}")
+        rank = ranks.of(f"{block.removeprefix(_PREFIX)}.{stack}")
         a, b = tensors.pop(name), tensors.pop(name.replace(".lora_A.", ".lora_B."), None)
         if b is None or rank < 1 or a.shape[0] % rank or b.shape[1] != a.shape[0] or (b.shape[0] % 2 and inner):
             raise ModelError(
@@ -202,6 +205,11 @@ def _joined(
 ) -> dict[str, _Stack]:
     """Stack the parts of one block's experts, gate and up as one."""
     count = 1 + max(expert for expert, _, _ in found)
+    if count > len(found):  # a number made up, for which the list of what is missing would have no end
+        raise ModelError(
+            f"{files.folder}: holds {len(found)} tensors of the experts of {owner.removeprefix(_PREFIX)}, the last of "
+            f"which is number {count - 1}. The copy may be incomplete."
+        )
     present = {part for _, part, _ in found}
     missing = [
         f"{owner.removeprefix(_PREFIX)}.experts.{expert}.{part}.lora_{half}"
@@ -264,9 +272,10 @@ def _config_per_expert(
         if own != rank or (stabilised and twice == 2):
             rank_pattern[f"{plain}.{stack}"] = twice * own
             alpha_pattern[f"{plain}.{stack}"] = alpha * (math.sqrt(twice) if stabilised else twice)
+    ranks = Ranks(config)
     for block in routers:
         plain = block.removeprefix(_PREFIX)
-        own = declared_rank(config, f"{plain}.gate.weight")
+        own = ranks.of(f"{plain}.gate.weight")
         if own != rank:
             rank_pattern |= {f"{plain}.gate.weight": own, f"{re.escape(_renamed(plain, names))}.gate": own}
     targets = [*(config.get("target_modules") or ()), names.gate, names.up, names.down]

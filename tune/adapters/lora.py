@@ -18,11 +18,13 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from tune.adapters import expert_lora, router, token_rows
-from tune.adapters.files import declared_rank
+from tune.adapters.files import Shapes, layout_of
+from tune.adapters.fitting import check_shapes, refuse_others
 from tune.adapters.layout import read_as_stock
 from tune.errors import ModelError, did_you_mean
 from tune.kernels.nf4_linear import nf4_lora_linear
 from tune.models.catalog import KINDS, family_of, target_suffixes
+from tune.models.experts import NF4Experts
 from tune.models.load import LoadedBase
 from tune.models.sharding import quant_state_of
 from tune.recipe import schema
@@ -140,9 +142,29 @@ def resolve_targets(
     if not ranks:
         raise ModelError("adapter.exclude: leaves nothing of adapter.targets to adapt. Exclude less.")
     _check_routers(section, base_name, routers, ranks, router_section)
+    _check_ranks(base.model, base_name, ranks)
     if router_section is not None and router_section.train == "full":
         ranks.update(dict.fromkeys(sorted(routers), IN_FULL))
     return ranks
+
+
+def _check_ranks(model: nn.Module, base_name: str, ranks: dict[str, int]) -> None:
+    """Refuse a rank that B A cannot have: it takes memory, as much as there is, and adds nothing."""
+    stacks = expert_lora.expert_parameters(model)
+    for name, rank in ranks.items():
+        last = name.rpartition(".")[2]
+        module = stacks.get(name) or model.get_submodule(name.removesuffix(".weight"))
+        if name not in stacks and isinstance(module, nn.Linear):
+            size: Sequence[int] = (module.out_features, module.in_features)
+        elif isinstance(module, NF4Experts):
+            size = module.shape_of(last)[1:]
+        else:
+            size = getattr(module, last).shape[-2:]
+        if rank > max(size):
+            raise ModelError(
+                f"adapter.rank: {rank} is more than {name} of {base_name} {list(size)} has rows or columns. "
+                "Lower it, or that of adapter.ranks."
+            )
 
 
 def _check_routers(
@@ -290,50 +312,26 @@ def read_adapter(folder: Path, model: PeftModel) -> None:
     Raises:
         ModelError: the folder is no adapter, holds a pickle, or does not fit the attached adapter.
     """
-    files = read_as_stock(folder, family_of(model.config))
-    config, state = files.config, files.tensors
     ours = model.peft_config[ADAPTER]
-    if config.get("alpha_pattern"):
-        raise ModelError(f"{folder}: has alphas of its own for some layers, which this version does not continue.")
-    if config.get("use_dora"):
-        raise ModelError(f"{folder}: uses DoRA, which this version does not.")
-    if bool(config.get("use_rslora")) != ours.use_rslora:
-        raise ModelError(
-            f"{folder}: its use_rslora is {json.dumps(bool(config.get('use_rslora')))}. "
-            f"Set adapter.rslora: {json.dumps(not ours.use_rslora)} to continue it."
-        )
-    if config.get("modules_to_save") and not ours.modules_to_save:
-        raise ModelError(
-            f"{folder}: holds modules that were trained whole ({', '.join(sorted(config['modules_to_save']))}), which "
-            "the recipe does not train so. A router's is continued with router.train: full."
-        )
-    token_rows.check_same(folder, config, ours.trainable_token_indices)
-    wanted = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
-    missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-    wrong = sorted(name for name in wanted.keys() & state.keys() if wanted[name].shape != state[name].shape)
-    differs = [] if config.get("lora_alpha") == ours.lora_alpha else [("lora_alpha", "alpha")]
-    if config.get("r") != ours.r and (wrong or not _same_ranks(config, model)):
-        differs.insert(0, ("r", "rank"))
-    for theirs, mine in differs:
-        raise ModelError(
-            f"{folder}: its {theirs} is {config.get(theirs)}, the recipe's adapter.{mine} is "
-            f"{getattr(ours, theirs)}. Set adapter.{mine}: {config.get(theirs)} to continue it."
-        )
-    for words, names in (("lacks", missing), ("has, beyond adapter.targets,", extra), ("has another shape for", wrong)):
-        if names:
-            raise ModelError(
-                f"{folder}: the adapter {words} {len(names)} tensors, such as {names[0]}. "
-                "Give the recipe the adapter.targets and ranks that it was trained with."
-            )
-    set_peft_model_state_dict(model, state, adapter_name=ADAPTER)
+    state = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+    wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+    def fits(config: dict[str, Any], shapes: Shapes) -> None:
+        refuse_others(folder, config, ours)
+        if layout_of(shapes) == "stock":
+            check_shapes(folder, config, shapes, wanted, ours, _ranks(model))
+
+    files = read_as_stock(folder, family_of(model.config), fits)
+    found = {name: tuple(tensor.shape) for name, tensor in files.tensors.items()}
+    check_shapes(folder, files.config, found, wanted, ours, _ranks(model))
+    set_peft_model_state_dict(model, files.tensors, adapter_name=ADAPTER)
 
 
-def _same_ranks(config: dict[str, Any], model: nn.Module) -> bool:
-    """Whether an adapter's config gives every adapted layer the rank that it has in `model`."""
+def _ranks(model: nn.Module) -> dict[str, int]:
+    """The rank that every adapted layer has in `model`, by its full name; of a bare parameter, by the parameter's."""
     ranks = {
         (f"{name}.{module.parameter_name}" if isinstance(module, peft_layer.ParamWrapper) else name): module.r[ADAPTER]
         for name, module in model.named_modules()
         if isinstance(module, peft_layer.LoraLayer) and ADAPTER in module.r
     }
-    plain = {expert_lora.plain_name(name).removeprefix("base_model.model."): rank for name, rank in ranks.items()}
-    return isinstance(config.get("r"), int) and all(declared_rank(config, n) == rank for n, rank in plain.items())
+    return {expert_lora.plain_name(name).removeprefix("base_model.model."): rank for name, rank in ranks.items()}

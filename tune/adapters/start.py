@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from tune.adapters.files import read_config_of, read_shapes
 from tune.errors import ModelError
-from tune.folder import folder_of
+from tune.files.foreign import read_object
+from tune.files.pickles import refuse_foreign
+from tune.folder import MANIFEST, folder_of
 from tune.models.hub import fetch, local_folder
+from tune.recipe.read import shown
+
+_LARGEST_TOKENIZER = 256 * 2**20
+"""Bytes."""
 
 
 def find_start(source: str) -> Path:
@@ -26,17 +32,24 @@ def find_start(source: str) -> Path:
         found = {name: fetch(source, name, key="adapter.start_from") for name in names}
         for name, path in found.items():
             if path is None:
-                raise ModelError(f"adapter.start_from: {source} on the Hub holds no {name}, so it is not an adapter.")
+                raise ModelError(
+                    f"adapter.start_from: {source} on the Hub holds no {name}, so it is not an adapter that is read: a "
+                    "pickled one never is."
+                )
         config = found["adapter_config.json"]
         assert config is not None
         fetch(source, "tokenizer.json", key="adapter.start_from")  # says what its added tokens are, if it has some
-        return config.parent
-    if not (folder / "adapter_config.json").is_file() and (folder / "recipe.yaml").is_file():
+        folder = config.parent
+    elif not (folder / "adapter_config.json").is_file() and (folder / "recipe.yaml").is_file():
         _, folder = folder_of(folder)
     if not (folder / "adapter_config.json").is_file():
         raise ModelError(
             f"adapter.start_from: {source} holds no adapter_config.json, so it is neither a run nor a PEFT adapter."
         )
+    if (folder / MANIFEST).is_file():
+        refuse_foreign(folder)
+    read_config_of(folder)
+    read_shapes(folder)  # a pickle is told before any weight of the base is loaded
     return folder
 
 
@@ -51,13 +64,13 @@ def check_start_tokens(folder: Path, added: dict[str, int]) -> None:
         ModelError: names the first that differs.
     """
     try:
-        listed = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+        listed = read_object(folder / "tokenizer.json", _LARGEST_TOKENIZER, links=True)["added_tokens"]
         theirs = {int(token["id"]): str(token["content"]) for token in listed}
     except (OSError, ValueError, TypeError, KeyError):  # none, or one that says nothing of it
         return
     for name, token in added.items():
         if theirs.get(token, name) != name:
             raise ModelError(
-                f"adapter.start_from: in {folder} the added token {token} is {theirs[token]}, and this recipe's "
+                f"adapter.start_from: in {folder} the added token {token} is {shown(theirs[token])}, and this recipe's "
                 f"templates make it {name}. Give the recipe the data.template that it was trained with."
             )

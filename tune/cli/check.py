@@ -46,9 +46,9 @@ lora_r=8 (command line): is not a key of a recipe. Here it is adapter.rank.
 ```
 
 A warning leaves the exit code 0. There is one for many cut examples, for few trained tokens, for dropped rows, for
-examples that repeat others, for held-out examples that are in the training data too, for a `data.eval` too small to
-hold anything out, and for answers that end without an end token. Of near copies the first three are shown, each behind
-the example that it repeats.
+examples that repeat others, for texts that are shaped like a token or key, for held-out examples that are in the
+training data too, for a `data.eval` too small to hold anything out, and for answers that end without an end token. Of
+near copies the first three are shown, each behind the example that it repeats.
 
 ## What is a near copy
 
@@ -99,6 +99,7 @@ from tune.data.sources import check_places
 from tune.errors import RecipeError, as_line
 from tune.recipe.later import refusals
 from tune.recipe.load import load_recipe
+from tune.secrets import redact
 
 if TYPE_CHECKING:
     import numpy as np
@@ -125,6 +126,7 @@ def check(recipe_path: str, overrides: list[str], quiet: bool) -> None:
     from tune.data.added_tokens import describe, prepare_tokenizer
     from tune.data.load import load_data
     from tune.models.load import check_vocabulary, outline_base
+    from tune.models.own_code import allow, announce
     from tune.models.vocabulary import check_room
 
     terminal = sys.stdout.isatty()
@@ -132,7 +134,13 @@ def check(recipe_path: str, overrides: list[str], quiet: bool) -> None:
     with waiting:
         model = recipe.model
         _check_surroundings(recipe)
+        if model.trust_remote_code:
+            announce(model, print)
+        if problem := allow(model):
+            print(f"warning: {problem}")
         outline = outline_base(recipe.model)
+        if not model.trust_remote_code:
+            announce(model, print)
         if outline is not None:
             resolve_targets(recipe.adapter, outline, model.base, recipe.router)
         words = prepare_tokenizer(recipe)
@@ -228,7 +236,8 @@ def _print_table(report: Report, columns: list[dict[str, str]]) -> None:
     table = Table(box=None, pad_edge=False, show_header=True, header_style="bold")
     table.add_column("")
     for source in report.sources:
-        table.add_column(f"{source.path}\n{source.part}", justify="right", overflow="fold")
+        # Before it is folded: a part of a secret is not known as one.
+        table.add_column(f"{redact(source.path)}\n{source.part}", justify="right", overflow="fold")
     for name in columns[0]:
         table.add_row(name, *(cells[name] for cells in columns))
     Console(highlight=False).print(table)

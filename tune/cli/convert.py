@@ -25,6 +25,7 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, cast
 
+from tune.cli.own_code import tell_own_code
 from tune.errors import RunError, did_you_mean
 from tune.folder import folder_of
 
@@ -38,7 +39,7 @@ def convert(run: str, to: str, quiet: bool) -> None:
     """Convert, and end with where the adapter is."""
     if to not in LAYOUTS:
         raise RunError(f"--to: there is no {to!r}. Write per-expert or stock.{did_you_mean(to, LAYOUTS)}")
-    folder_of(run)  # a wrong name is told before anything is loaded
+    tell_own_code(folder_of(run)[0])  # a wrong name is told before anything is loaded
 
     from tune.adapters.convert import convert as run_convert
 

@@ -8,6 +8,10 @@ RUN is a run, whose adapter answers; one of its checkpoints; or the folder of a 
 or any causal language model with a chat template. A whole model is loaded as it is, without quantisation, in the type
 that its config names (float16 as float32, which rounds nothing). It has no adapter, so `--without-adapter` is refused.
 
+Python code that came with a run's base runs only if `model.trust_remote_code` is true in the run's recipe, and if you
+have let this very code run on this machine, by a recipe given to `tune train`, `tune check` or `tune preview`. A line
+on stderr says so before it does. Of a whole model no code runs.
+
 A merge whose proof failed has a file UNPROVEN beside its weights: it answers after a warning, since its answers may
 not be the run's.
 
@@ -26,6 +30,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from tune.cli.output import as_it_is
+from tune.cli.own_code import tell_own_code
 from tune.errors import RunError
 from tune.evaluation.whole_model import is_unproven, is_whole_model, no_adapter
 from tune.folder import folder_of
@@ -61,7 +67,7 @@ def load(run: str, adapter: bool, quiet: bool) -> Speaker:
     if whole and not adapter:
         raise RunError(no_adapter(run))
     if not whole:
-        folder_of(run)  # a wrong name is told before anything is loaded
+        tell_own_code(folder_of(run)[0])  # a wrong name is told before anything is loaded
     elif is_unproven(run):
         print(
             f"warning: {run}: the proof of this merge failed (merge-proof.json says how), so its answers may not be "
@@ -76,8 +82,8 @@ def load(run: str, adapter: bool, quiet: bool) -> Speaker:
 
 def write(text: str) -> None:
     """Print a piece of an answer at once."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    as_it_is().write(text)
+    as_it_is().flush()
 
 
 @contextmanager

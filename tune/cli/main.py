@@ -13,7 +13,9 @@ from typing import Annotated, Any
 import typer
 
 from tune import __version__
+from tune.cli.output import hide_secrets, hiding_secrets
 from tune.errors import ElsewhereError, StoppedError, TuneError
+from tune.secrets import redact
 
 app = typer.Typer(
     name="tune",
@@ -189,7 +191,10 @@ def recipes(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and end the process with its exit code: 0, 1, 2, 3, 130 or 143."""
-    code = _run(arguments)
+    hide_secrets()  # to the very end: a bug's traceback is printed when all else is done
+    given = sys.argv[1:] if arguments is None else arguments
+    sys.argv[1:] = [redact(word) for word in sys.argv[1:]]  # trackers note the command line
+    code = _run(given)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -227,6 +232,11 @@ def _says(error: TuneError) -> bool:
 
 
 def _run(arguments: list[str] | None) -> int:
+    with hiding_secrets():
+        return _run_hiding(arguments)
+
+
+def _run_hiding(arguments: list[str] | None) -> int:
     if not sys.warnoptions:
         # Libraries warn each other's developers; what a user should know is said by tune itself.
         warnings.simplefilter("ignore")
@@ -242,11 +252,9 @@ def _run(arguments: list[str] | None) -> int:
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except TuneError as error:
-        from tune.export.secrets import redact  # a secret may stand in a path, or in what a library said
-
         if _says(error) and not (isinstance(error, StoppedError) and int(os.environ.get("RANK", "0"))):
             with contextlib.suppress(OSError):  # the log may be on the disk that is full
-                print(redact(str(error)), file=sys.stderr)
+                print(error, file=sys.stderr)
         return error.exit_code
     except _UsageError as error:
         print(_usage(error), file=sys.stderr)

@@ -53,6 +53,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from tune.cli.own_code import tell_own_code
 from tune.cli.program import command
 from tune.errors import RunError, did_you_mean
 from tune.export.place import check_free, find_output
@@ -71,9 +72,10 @@ def merge(run: str, output: str | None, base: str, prove: bool, quiet: bool) -> 
     if output == "":
         raise RunError("--output: is empty. Give the name of a new folder.")
     place = Path(output).expanduser() if output is not None else find_output(run)
-    folder_of(run)  # a wrong name is told before anything is loaded
+    found = folder_of(run)[0]  # a wrong name is told before anything is loaded
     if not prove:
         check_free(place)
+    tell_own_code(found)
 
     from tune.cli.progress import ConsoleProgress, QuietProgress
     from tune.export.merge import merge as run_merge

@@ -44,6 +44,7 @@ import sys
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from tune.cli.output import as_it_is
 from tune.data.sources import check_places
 from tune.recipe.later import refusals
 from tune.recipe.load import load_recipe
@@ -75,6 +76,8 @@ def preview(recipe_path: str, overrides: list[str], n: int, as_json: bool, quiet
 
     from tune.data.added_tokens import prepare_tokenizer
 
+    if recipe.model.trust_remote_code:
+        _tell_own_code(recipe)
     tokenizer = prepare_tokenizer(recipe).tokenizer
     examples = _first_examples(recipe, tokenizer, n)
     if not quiet and sys.stderr.isatty():
@@ -82,12 +85,21 @@ def preview(recipe_path: str, overrides: list[str], n: int, as_json: bool, quiet
     for index in range(min(n, len(examples))):
         ids, trained = (values.tolist() for values in examples.example(index))
         if as_json:
-            print(json.dumps({"ids": ids, "tokens": tokenizer.convert_ids_to_tokens(ids), "trained": trained}))
+            shown = {"ids": ids, "tokens": tokenizer.convert_ids_to_tokens(ids), "trained": trained}
+            print(json.dumps(shown), file=as_it_is())
             continue
         if not quiet:
             end = f", cut at data.max_length ({recipe.data.max_length})" if examples.cut[index] else ""
             print(f"--- {examples.where(index)}: {len(ids)} tokens, {sum(trained)} trained on{end}")
         _show(_pieces(tokenizer, ids, trained))
+
+
+def _tell_own_code(recipe: Recipe) -> None:
+    from tune.models.own_code import allow, announce
+
+    announce(recipe.model, lambda line: print(line, file=sys.stderr))
+    if problem := allow(recipe.model):
+        print(f"warning: {problem}", file=sys.stderr)
 
 
 def _first_examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, n: int) -> Examples:
@@ -144,7 +156,7 @@ def _marks() -> tuple[str, str]:
 
 def _show(pieces: list[tuple[str, bool]]) -> None:
     if not sys.stdout.isatty():
-        print("".join(text.join(_marks()) if learned else text for text, learned in pieces))
+        print("".join(text.join(_marks()) if learned else text for text, learned in pieces), file=as_it_is())
         return
     from rich.console import Console
     from rich.text import Text
@@ -152,4 +164,4 @@ def _show(pieces: list[tuple[str, bool]]) -> None:
     shown = Text()
     for text, learned in pieces:
         shown.append(text, style=TRAINED_STYLE if learned else "dim")
-    Console(highlight=False, soft_wrap=True).print(shown)
+    Console(file=as_it_is(), highlight=False, soft_wrap=True).print(shown)

@@ -16,9 +16,11 @@ on with the same command. A repository that this run filled before is updated. O
 refused, unless `--update` says to write over it; its history stays. `--private` is for a new repository; a public one
 that exists already is then refused.
 
-The token is that of `hf auth login` or `HF_TOKEN`, and needs the right to write. Values of environment variables whose
-names end in TOKEN, KEY, SECRET or PASSWORD, saved tokens, and whatever is shaped like one are written as `***` in
-every text that is published or printed. In a recipe, `push:` does the same when training has ended:
+The token is that of `hf auth login` or `HF_TOKEN`, and needs the right to write. Secrets are written as `***` in every
+text that is published or printed: saved tokens, the values of environment variables whose names end in TOKEN, SECRET,
+PASSWORD, API_KEY and the like, passwords in addresses, and whatever is shaped like a token or key. A file that cannot
+be changed, such as the weights or the tokenizer, is refused if it holds one. In a recipe, `push:` does the same when
+training has ended:
 
 ```yaml
 push:
@@ -35,7 +37,6 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from tune.errors import StoppedError
-from tune.export.secrets import redact
 
 if TYPE_CHECKING:
     from tune.export.publication import Publication
@@ -102,11 +103,11 @@ def _show(publication: Publication) -> None:
 
 
 def _say(line: str) -> None:
-    print(redact(line))
+    print(line)
 
 
 def _warn(line: str) -> None:
-    print(f"warning: {redact(line)}", file=sys.stderr)
+    print(f"warning: {line}", file=sys.stderr)
 
 
 def _silent(line: str) -> None:

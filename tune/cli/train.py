@@ -8,7 +8,8 @@ and every layer that the recipe names gets an adapter. Training begins only if b
 
 First a table of the layers: how many of a kind there are, how many of them are in 4 bits, how many are adapted, the
 bytes of the frozen weights and the number of trained parameters. Then the facts of the run, a line each, the same on a
-terminal and in a file, so that a script can read them.
+terminal and in a file, so that a script can read them. Where `model.trust_remote_code` lets Python code of the base
+run, the first line names its files, before any of it does, and the end names them again.
 
 While it trains, a line every `train.log_every` steps: the loss in nats per trained token, the learning rate, the norm
 of the gradient before it is limited, tokens per second and the most memory used so far. Another line follows each
@@ -185,6 +186,8 @@ def _summarise(result: FinishedRun) -> None:
     )
     print(f"speed        {result.tokens_per_second:,.0f} tokens/s")
     print(f"peak memory  {size(result.peak_memory_bytes)}")
+    if result.own_code:
+        print(f"base's code  ran, as model.trust_remote_code lets it: {result.own_code}")
     print(f'next         {command("generate", result.output)} "your prompt"')
     if held_out and result.loss_after >= result.loss_before:
         print(

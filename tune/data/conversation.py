@@ -54,6 +54,11 @@ class Conversation:
         return cls(tuple(Message(role, content) for role, content in turns))
 
     @property
+    def texts(self) -> tuple[str, ...]:
+        """What is said in it, without tools and calls."""
+        return (self.text,) if self.text is not None else tuple(message.text for message in self.messages)
+
+    @property
     def has_system(self) -> bool:
         """Whether it opens with a system message."""
         return bool(self.messages) and self.messages[0].role == "system"

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tune.data.conversation import BadRowError, Conversation, Message
 from tune.data.templates.segment import Segment, Template
+from tune.data.tokenizer_files import failures_told
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,9 +59,14 @@ class Encoder:
         self._found_in_text = {id for id, token in self._added.values() if not token.special}
 
     def encode(self, prompts: Sequence[list[Segment]]) -> list[Encoded | BadRowError]:
-        """Each prompt's ids and mask, or why it cannot be encoded."""
+        """Each prompt's ids and mask, or why it cannot be encoded.
+
+        Raises:
+            ModelError: the tokenizer itself fails, as one does whose pattern gives up on some text.
+        """
         parts = [list(self._parts(segments)) for segments in prompts]
-        tokens = self._tokenise([part for prompt in parts for part in prompt if isinstance(part, _Run)])
+        with failures_told("model.base: on the text of a row, the tokenizer"):
+            tokens = self._tokenise([part for prompt in parts for part in prompt if isinstance(part, _Run)])
         return [self._assemble(prompt, tokens) for prompt in parts]
 
     def _parts(self, segments: list[Segment]) -> Iterator[_Run | _Control]:

@@ -43,6 +43,8 @@ class Facts:
     long: Tally = field(default_factory=Tally)
     """Dropped, or to be refused, for their length."""
     untrained: Tally = field(default_factory=Tally)
+    secrets: Tally = field(default_factory=Tally)
+    """Rows in which a text is shaped like a token or key."""
     mended: dict[str, int] = field(default_factory=dict)
     """What was changed in the order of turns, in words, and in how many conversations."""
     cut_away: int = 0
@@ -70,6 +72,6 @@ class Facts:
                 int(values[name]["count"]),
                 [(Place(int(file), int(number)), str(reason)) for (file, number), reason in values[name]["first"]],
             )
-            for name in ("bad", "long", "untrained")
+            for name in ("bad", "long", "untrained", "secrets")
         }
         return cls(**{**values, **tallies})

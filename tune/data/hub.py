@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tune.errors import did_you_mean
+from tune.secrets import redact
 
 NOUNS = {"model": "model", "dataset": "data set"}
 _UNREACHABLE = {"ConnectError", "ConnectTimeout", "ReadTimeout", "ConnectionError", "TimeoutException"}
@@ -101,9 +102,9 @@ def near_path(name: str) -> str:
     return did_you_mean(path.name, [entry.name for entry in path.parent.iterdir()]) if path.parent.is_dir() else ""
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """What a library said, as a part of one of our own messages."""
-    said = re.sub(r"\b\w+Error: ", "", " ".join(str(error).split()))[:300]
+    said = re.sub(r"\b\w+Error: ", "", " ".join(redact(str(error)).split()))[:300]
     if isinstance(error, KeyError):  # its text is the key alone
         return f"there is no {said}"
     return said or type(error).__name__

@@ -222,6 +222,8 @@ def _source_report(data: SourceData) -> SourceReport:
         length_p95=facts.length_p95,
         length_max=facts.length_max,
         mended=tuple(facts.mended.items()),
+        secrets=facts.secrets.count,
+        first_secret=data.where(*facts.secrets.first[0][0]) if facts.secrets.count else "",
         dropped=tuple(_dropped(data)),
         barren=tuple(_barren(data)),
     )

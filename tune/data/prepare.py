@@ -7,7 +7,7 @@ tokenised once there is one: the rest is only read, so that all of them can be t
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -24,6 +24,7 @@ from tune.data.reading import Reader, Said
 from tune.data.report import percentiles
 from tune.data.sources import Opened, Place
 from tune.data.store import Writer
+from tune.data.templates.jinja_template import JinjaTemplate
 from tune.data.templates.segment import Segment, Template
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 Part = Literal["train", "eval"]
 Progress = Callable[[int, int], None]
+Prompts = tuple[list[Place], list[list[Segment]]]
+"""Where each prompt is from, and the prompts."""
 
 
 @dataclass(slots=True)
@@ -106,8 +109,7 @@ class Preparer:
         reader, data.reader = data.reader or Reader(data.opened, data.source, self._wanted), None
         data.facts = facts = reader.facts
         examples = _Examples(facts, writer, self._wanted, self._special) if writer is not None else None
-        for chunk in reader.chunks():
-            said, prompts = self._written(chunk, data.template, facts)
+        for said, prompts in self._ahead(reader.chunks(), data.template, facts):
             if self._wanted.on_bad == "error" and facts.bad.count:
                 examples = None
             if examples is not None:
@@ -119,19 +121,44 @@ class Preparer:
         examples.finish()
         return facts
 
-    def _written(self, chunk: list[Said], template: Template, facts: Facts) -> tuple[list[Place], list[list[Segment]]]:
-        """The prompts of the conversations that the template can write, and where each is from."""
+    def _ahead(self, chunks: Iterator[list[Said]], template: Template, facts: Facts) -> Iterator[Prompts]:
+        """The prompts of each chunk. Where another process writes them, it does the next while these are encoded."""
+        if not isinstance(template, JinjaTemplate):
+            for chunk in chunks:
+                yield self._written(chunk, template, facts)
+            return
+        ready: Prompts | None = None
+        for chunk in chunks:
+            begun = template.begin([said.conversation for said in chunk if said.conversation.text is None])
+            if ready is not None:
+                yield ready
+            ready = self._written(chunk, template, facts, iter(begun()))
+        if ready is not None:
+            yield ready
+
+    def _written(
+        self,
+        chunk: list[Said],
+        template: Template,
+        facts: Facts,
+        made: Iterator[list[Segment] | BadRowError] | None = None,
+    ) -> Prompts:
+        """The prompts of the conversations that the template can write, or has `made`, and where each is from."""
         places, prompts = [], []
         for place, conversation in chunk:
             try:
-                if conversation.text is None:
-                    prompts.append(template.segments(conversation))
-                else:
+                if conversation.text is not None:
                     self._whole_texts = self._whole_texts or WholeTexts(self._tokenizer)
-                    prompts.append(self._whole_texts.segments(conversation.text))
-                places.append(place)
+                    prompt: list[Segment] | BadRowError = self._whole_texts.segments(conversation.text)
+                else:
+                    prompt = template.segments(conversation) if made is None else next(made)
+                if isinstance(prompt, BadRowError):
+                    raise prompt
             except BadRowError as error:
                 facts.bad.add(place, str(error))
+            else:
+                prompts.append(prompt)
+                places.append(place)
         return places, prompts
 
 

@@ -13,6 +13,7 @@ from tune.data.unread import advice, no_format_fits
 from tune.errors import DataError, did_you_mean
 from tune.recipe.schema import Data as DataSection
 from tune.recipe.schema import Source
+from tune.secrets import shaped_like_secret
 
 CHUNK = 2048
 """Rows that are read, encoded and written together; bounds the memory."""
@@ -56,6 +57,7 @@ class Reader:
         rows = self._first
         while rows:
             chunk = list(self._parsed(rows))
+            self._note_secrets(chunk)
             if chunk:
                 found = True
                 yield chunk
@@ -93,6 +95,13 @@ class Reader:
                 if last_only:
                     conversation = conversation.last_response_only()
                 yield Said(row.place, conversation)
+
+    def _note_secrets(self, chunk: list[Said]) -> None:
+        # One look at all of it costs next to nothing; hardly ever is a second one needed.
+        if shaped_like_secret("\n".join(text for said in chunk for text in said.conversation.texts)):
+            found = (said.place for said in chunk if shaped_like_secret("\n".join(said.conversation.texts)))
+            for place in dict.fromkeys(found):
+                self.facts.secrets.add(place)
 
     def _first_bad(self) -> str:
         place, reason = self.facts.bad.first[0]

@@ -38,6 +38,10 @@ class SourceReport:
     length_max: int
     mended: tuple[tuple[str, int], ...] = ()
     """What was changed in the order of turns, in words, and in how many conversations."""
+    secrets: int = 0
+    """Rows in which a text is shaped like a token or key."""
+    first_secret: str = ""
+    """The place of the first of them."""
     dropped: tuple[str, ...] = ()
     """The first rows that were dropped for each reason: the place and the reason."""
     barren: tuple[str, ...] = ()
@@ -108,6 +112,12 @@ class Report:
                     f"read as {source.format}: make those a source of their own, with their own format."
                 )
             found += [f"{where}: in {count} of {source.rows} rows, {words}." for words, count in source.mended]
+            if source.secrets:
+                found.append(
+                    f"{where}: {source.secrets} of {source.rows} rows hold a text that is shaped like a token or key "
+                    f"(first: {source.first_secret}). Whoever has the adapter may draw it out. Take it out, unless it "
+                    "is made up."
+                )
         found += self.template_notes
         if self.duplicates:
             found.append(f"{self.duplicates} of {self.train_examples} training examples repeat an earlier one exactly.")

@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from tune.data.auto_map import files_of_code
 from tune.data.hub import explain, one_line
+from tune.data.tokenizer_files import CONFIG, check_class, check_contents, check_files, failures_told
 from tune.errors import DataError, ModelError, did_you_mean
 
 if TYPE_CHECKING:
@@ -41,15 +44,27 @@ _PROBES = (
 
 
 def load_tokenizer(
-    base: str, *, revision: str | None = None, trust_remote_code: bool = False
+    base: str, *, revision: str | None = None, trust_remote_code: bool = False, saved: bool = False
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a hub model or a local folder, checked against its own files.
+
+    Args:
+        base: the model.
+        revision: of a hub model.
+        trust_remote_code: whether a tokenizer that is Python code of the model's own may run.
+        saved: the folder is a run's adapter. Whatever lies there, no code of it runs: a tokenizer that was code is read
+            from the tokenizer.json that was saved of it.
 
     Raises:
         ModelError: the base or its tokenizer is not found, not permitted, or not a fast one.
         DataError: no way of loading it reads text as its own files do.
     """
-    folder = Path(base).expanduser()
+    with failures_told(f"model.base: the tokenizer of {base}"):
+        return _loaded(base, revision, trust_remote_code, saved)
+
+
+def _loaded(base: str, revision: str | None, trust_remote_code: bool, saved: bool) -> PreTrainedTokenizerBase:
+    folder = Path(os.path.expanduser(base))
     _check_place(base, folder)
     place = str(folder) if folder.is_dir() else base
     files = _local_files(folder) if folder.is_dir() else _hub_files(base, revision)
@@ -59,9 +74,10 @@ def load_tokenizer(
             f"{base}: has no tokenizer (neither tokenizer.json nor tokenizer.model). "
             "Copy the tokenizer's files of the original model into it."
         )
+    _check_files(base, folder, revision, files["tokenizer.json"], trust_remote_code)
     truth, name = _truth(base, files)
     misread = None
-    for candidate in _candidates(place, base, files, options):
+    for candidate in _candidates(place, base, files, options, saved):
         if not getattr(candidate, "is_fast", False):
             continue
         misread = _differs(candidate, truth) if truth is not None else None
@@ -73,6 +89,31 @@ def load_tokenizer(
         f"{base}: its tokenizer reads {misread!r} differently from its own {name}, "
         "so training would see other tokens than the model knows. Use a tokenizer.json that matches."
     )
+
+
+def _check_files(base: str, folder: Path, revision: str | None, state: Path | None, trust_remote_code: bool) -> None:
+    """Refuse files that ask for what no tokenizer needs. Raises ModelError."""
+    if folder.is_dir():
+        check_files(base, folder)
+        found = {name: folder / name if (folder / name).is_file() else None for name in (CONFIG, "config.json")}
+    else:
+        found = {name: _hub_file(base, name, revision) for name in (CONFIG, "config.json")}
+    check_contents(base, state, found[CONFIG])
+    for path in found.values():
+        content = json.loads(path.read_text(encoding="utf-8")) if path is not None else None
+        if not (trust_remote_code and files_of_code(content)):
+            check_class(base, content)
+
+
+def _hub_file(base: str, name: str, revision: str | None) -> Path | None:
+    from transformers.utils import cached_file
+
+    quiet = ("gated_repo", "missing_entries", "connection_errors")
+    try:
+        path = cached_file(base, name, revision=revision, **{f"_raise_exceptions_for_{what}": False for what in quiet})
+    except (OSError, ValueError):  # whoever loads the tokenizer meets it again, and says so
+        return None
+    return Path(path) if path else None
 
 
 def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -120,22 +161,39 @@ def _hub_files(base: str, revision: str | None) -> dict[str, Path | None]:
 
 
 def _candidates(
-    place: str, base: str, files: dict[str, Path | None], options: dict[str, Any]
+    place: str, base: str, files: dict[str, Path | None], options: dict[str, Any], saved: bool
 ) -> Iterator[PreTrainedTokenizerBase]:
     """The ways of loading a tokenizer, the usual one first."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    try:
-        usual = AutoTokenizer.from_pretrained(place, use_fast=True, **options)
-    except ImportError as error:
-        raise ModelError(f"{base}: its tokenizer needs a package that is not installed ({error}).") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(_problem(base, options["revision"], error)) from error
-    yield cast("PreTrainedTokenizerBase", usual)
+    trusted = bool(options["trust_remote_code"])  # never left open: transformers would ask on the terminal
+    code = saved and files_of_code(_config_of(place, None))
+    if not code or files["tokenizer.json"] is None:
+        try:
+            usual = AutoTokenizer.from_pretrained(place, revision=options["revision"], trust_remote_code=trusted)
+        except ImportError as error:
+            raise ModelError(f"{base}: its tokenizer needs a package that is not installed ({error}).") from error
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ModelError(_problem(base, options["revision"], error)) from error
+        yield cast("PreTrainedTokenizerBase", usual)
     if files["tokenizer.json"] is not None:
         yield cast("PreTrainedTokenizerBase", PreTrainedTokenizerFast.from_pretrained(place, **options))
     elif files["tokenizer.model"] is not None:
         yield _convert(files["tokenizer.model"], usual)
+
+
+def _config_of(base: str, revision: str | None) -> Any:
+    """What tokenizer_config.json holds; nothing where there is none that can be read."""
+    from huggingface_hub import try_to_load_from_cache
+
+    path = Path(base).expanduser() / "tokenizer_config.json"
+    if not path.parent.is_dir():
+        cached = try_to_load_from_cache(base, path.name, revision=revision)
+        path = Path(cached) if isinstance(cached, str) else path
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # whoever needs the file says what is wrong with it
+        return None
 
 
 def _problem(base: str, revision: str | None, error: Exception) -> str:
@@ -143,8 +201,11 @@ def _problem(base: str, revision: str | None, error: Exception) -> str:
     if not Path(base).expanduser().is_dir() and (said := explain(error, base, "model.base", revision=revision)):
         return said
     if "trust_remote_code" in str(error):
+        code = files_of_code(_config_of(base, revision))
+        named = f" ({', '.join(code)})" if code else ""
         return (
-            f"model.base: the tokenizer of {base} is Python code of its own. Read it, then set model.trust_remote_code."
+            f"model.base: the tokenizer of {base} is Python code of its own{named}, and nobody has said that it may "
+            "run. Read it, and set model.trust_remote_code: true only if you trust it."
         )
     return f"model.base: the tokenizer of {base} cannot be loaded ({one_line(error)}). Copy it again from the original."
 
@@ -165,6 +226,8 @@ def _truth(base: str, files: dict[str, Path | None]) -> tuple[Encode | None, str
     if (path := files["tokenizer.json"]) is not None:
         try:
             backend = Tokenizer.from_file(str(path))
+            backend.no_padding()
+            backend.no_truncation()
             return lambda text: backend.encode(text, add_special_tokens=False).ids, path.name
         except Exception as error:
             problem = error

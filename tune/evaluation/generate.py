@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from tune.adapters.files import read_config_of
-from tune.adapters.lora import attach, read_adapter
+from tune.adapters.fitting import check_claimed
+from tune.adapters.lora import attach, linears, read_adapter, resolve_targets
 from tune.adapters.token_rows import trained_tokens, vocabulary_rows
 from tune.data.added_tokens import prepare_tokenizer
 from tune.data.conversation import Message
@@ -32,6 +33,7 @@ from tune.evaluation.whole_model import no_adapter
 from tune.folder import folder_of
 from tune.models.hub import read_config
 from tune.models.load import load_base
+from tune.models.own_code import refuse_unknown_code
 from tune.models.vocabulary import grow_vocabulary
 from tune.recipe import schema
 from tune.recipe.load import load_recipe
@@ -161,21 +163,24 @@ def load_run(path: str | Path, device: torch.device | None = None) -> LoadedRun:
     """Load a run folder, or one of its checkpoints, ready to answer.
 
     Raises:
-        RunError: there is no run, or nothing of it to load yet.
+        RunError: there is no run, nothing of it to load yet, or its base's own code would run and may not.
         ModelError: its base or adapter cannot be read.
     """
     run, adapter = folder_of(path)
     recipe = load_recipe(run.recipe)
+    refuse_unknown_code(run, recipe.model)
     read_config(recipe.model.base, recipe.model.revision, recipe.model.trust_remote_code)
     # The tokenizer and template saved with the adapter are those that trained; the base's may have changed since.
     if (run.adapter / "tokenizer_config.json").is_file():
-        tokenizer = load_tokenizer(str(run.adapter), trust_remote_code=recipe.model.trust_remote_code)
+        tokenizer = load_tokenizer(str(run.adapter), saved=True)
         name = "tokenizer" if recipe.data.template.endswith(".jinja") else recipe.data.template
     else:
         tokenizer, name = prepare_tokenizer(recipe).tokenizer, recipe.data.template
     template, system = _template(name, tokenizer)
     base = load_base(recipe.model, device or _device())
     added = trained_tokens(read_config_of(adapter).get("trainable_token_indices"))
+    claimed = resolve_targets(recipe.adapter, base, recipe.model.base, recipe.router)
+    check_claimed(adapter, claimed, claimed.keys() & linears(base.model).keys())
     grow_vocabulary(base, recipe.model.base, added)
     ends = _ends(base.model, template, tokenizer)
     model = attach(base, recipe.adapter, recipe.model.base, recipe.train.seed, recipe.router, added)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tune.data.hub import transport_error
 from tune.errors import RunError, did_you_mean
-from tune.export.secrets import redact
+from tune.secrets import redact
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -118,7 +118,7 @@ def asking(repo: str, sending: bool = False) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, ValueError, transport_error()) as error:
-        raise RunError(redact(f"{repo}: {_explained(error, repo, sending)}")) from error
+        raise RunError(f"{repo}: {_explained(error, repo, sending)}") from error
 
 
 def _explained(error: Exception, repo: str, sending: bool) -> str:
@@ -170,5 +170,5 @@ def _is_network(error: BaseException) -> bool:
 
 def _said(words: object) -> str:
     """A library's words as a part of one of our own lines."""
-    text = " ".join(str(words).split()).rstrip(".")[:300]
+    text = " ".join(redact(str(words)).split()).rstrip(".")[:300]
     return text or type(words).__name__

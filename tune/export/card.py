@@ -14,9 +14,9 @@ from tune.export.facts import Facts, added_facts, public_recipe, read_facts
 from tune.export.licence import find_licence, licence_warnings
 from tune.export.loading import adapter_loading, merged_loading
 from tune.export.prompt import Prompt
-from tune.export.secrets import redact
 from tune.folder import RunFolder
 from tune.recipe.schema import Recipe, Source
+from tune.secrets import redact
 
 MOST_EVALUATIONS = 12
 """Rows of the table of evaluations; of more, some between are left out."""
@@ -260,6 +260,10 @@ def _training(facts: Facts) -> str:
         "longest example, trained on": f"{data.max_length} tokens, {data.train_on}",
         "seed": str(train.seed),
     }
+    if facts.recipe.model.trust_remote_code:
+        rows["the base's own Python code"] = (
+            "runs when the base has some (`trust_remote_code`): read it before you load it"
+        )
     table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
     return "\n".join(["## Training", "", *table, "", "Data:", "", *_sources(facts)])
 

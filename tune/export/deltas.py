@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from tune.adapters.config_file import peft_defaults, read_adapter_config
+from tune.adapters.files import WEIGHTS, read_tensors
 from tune.errors import ModelError
 from tune.models.experts import STACKS
 from tune.models.replaced_rows import RowValues
@@ -148,11 +147,8 @@ def read_pairs(folder: Path) -> dict[str, Pair | Replacement | RowValues]:
         ModelError: it is no adapter, is damaged, or holds what a merge would lose; each thing by name.
     """
     config = read_adapter_config(folder)
-    path = folder / "adapter_model.safetensors"
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError, ValueError) as error:
-        raise ModelError(f"{path}: the adapter cannot be read ({error}). The copy may be incomplete.") from error
+    path = folder / WEIGHTS
+    tensors = read_tensors(folder)
     _refuse_unmergeable(folder, config)
     pairs: dict[str, Pair | Replacement | RowValues] = {}
     for name in [name for name in tensors if name.endswith(".lora_A.weight")]:
@@ -165,8 +161,6 @@ def read_pairs(folder: Path) -> dict[str, Pair | Replacement | RowValues]:
                 f"{path}: {name} {list(a.shape)} and {other} {list(b.shape)} do not fit together. "
                 "The copy may be incomplete."
             )
-        if not (a.isfinite().all() and b.isfinite().all()):
-            raise ModelError(f"{path}: {name} or {other} holds NaN or infinity: the training diverged. Merge another.")
         module = name.removeprefix(_BEFORE).removesuffix(".lora_A.weight")
         pairs[_parameter(module, config)] = Pair(a, b, config["lora_alpha"], bool(config.get("use_rslora")))
     for name in [name for name in tensors if _is_saved_whole(name, config)]:
@@ -195,8 +189,6 @@ def _rows(path: Path, name: str, values: Tensor, config: dict[str, Any]) -> RowV
             f"{path}: {name} {list(values.shape)} does not fit the tokens that trainable_token_indices of its "
             f"adapter_config.json names ({'none' if ids is None else len(ids)}). The copy may be incomplete."
         )
-    if not values.isfinite().all():
-        raise ModelError(f"{path}: {name} holds NaN or infinity: the training diverged. Merge another.")
     return RowValues(tuple(int(token) for token in ids), values.float())
 
 
@@ -231,24 +223,6 @@ def _parameter(module: str, config: dict[str, Any]) -> str:
     return f"{module}.{bare[-1] if bare else 'weight'}"
 
 
-def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """Return adapter_config.json.
-
-    Raises:
-        ModelError: there is none, or it is not a LoRA's.
-    """
-    path = folder / "adapter_config.json"
-    try:
-        config = dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise ModelError(f"{folder}: holds no adapter_config.json, so it is no PEFT adapter. Give a run.") from None
-    except (OSError, ValueError, TypeError) as error:
-        raise ModelError(f"{path}: cannot be read ({error}). The copy may be incomplete.") from error
-    if config.get("peft_type") != "LORA" or not isinstance(config.get("lora_alpha"), int | float):
-        raise ModelError(f"{path}: is a {config.get('peft_type')} adapter. This version merges LoRA: give such a run.")
-    return config
-
-
 def _refuse_unmergeable(folder: Path, config: dict[str, Any]) -> None:
     """What a merge would silently leave out or compute otherwise, by its name in adapter_config.json."""
     unmergeable = {
@@ -262,10 +236,8 @@ def _refuse_unmergeable(folder: Path, config: dict[str, Any]) -> None:
     whole = [name for name in config.get("modules_to_save") or () if name.rpartition(".")[2] not in _ROUTERS]
     if whole:
         found.append(f"modules_to_save ({', '.join(whole)}: whole modules that are no routers)")
-    from peft import LoraConfig
-
+    defaults = peft_defaults()
     # Whatever a newer PEFT adds may change what a layer computes.
-    defaults = LoraConfig().to_dict()
     found += [
         key
         for key, value in config.items()

@@ -6,7 +6,6 @@ stay as they are.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +15,11 @@ from tune.data.sources import EXTENSIONS
 from tune.errors import RunError
 from tune.export.licence import Licence, card_licence, find_licence
 from tune.export.prompt import Prompt, read_prompt
-from tune.export.secrets import redact_all
-from tune.folder import RunFolder
+from tune.files.foreign import objects_in, read_object
+from tune.folder import RunFolder, records
 from tune.recipe.load import load_recipe
 from tune.recipe.schema import Recipe, Source
+from tune.secrets import redact_all
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -90,7 +90,7 @@ def read_facts(
         online: whether the Hub may be asked for licences.
     """
     recipe = load_recipe(run.recipe)
-    provenance, state = read_json(run.provenance), _state(run, adapter)
+    provenance, state = read_provenance(run), _state(run, adapter)
     commit, folder = _where_base_is(recipe, provenance)
     base = _base_name(recipe, folder, base_model)
     hub_data = [source for source in _sources(recipe) if is_hub_name(source.path)]
@@ -136,9 +136,33 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        return read_object(path, links=True)
+    except (OSError, ValueError) as error:
         raise RunError(f"{path}: cannot be read ({error}). Remove it; --resume writes it again.") from error
+
+
+def read_provenance(run: RunFolder) -> dict[str, Any]:
+    """What a run was made of, or nothing where it does not say.
+
+    Raises:
+        RunError: it cannot be read.
+    """
+    return run.read_provenance() if run.provenance.is_file() else {}
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The state.json of a checkpoint, or an empty one where there is none.
+
+    Raises:
+        RunError: it cannot be read.
+    """
+    path = checkpoint / "state.json"
+    if not path.is_file():
+        return {}
+    try:
+        return records.read_state(path)
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be read ({error}). Use another checkpoint.") from error
 
 
 def is_hub_name(path: str) -> bool:
@@ -223,20 +247,17 @@ def _base_name(recipe: Recipe, folder: Path | None, given: str | None) -> str | 
 def _state(run: RunFolder, adapter: Path) -> dict[str, Any]:
     """state.json of the checkpoint that the adapter is, or else of the newest one."""
     steps = run.steps()
-    found = read_json(adapter / "state.json")
-    return found or (read_json(run.checkpoint(steps[-1]) / "state.json") if steps else {})
+    found = {} if adapter == run.adapter else read_state(adapter)
+    return found or (read_state(run.checkpoint(steps[-1])) if steps else {})
 
 
 def _evaluations(run: RunFolder) -> tuple[tuple[int, float], ...]:
     found = []
     if run.metrics.is_file():
-        for line in run.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                break  # a killed process left half a line
-            if entry.get("eval_loss") is not None:
-                found.append((int(entry["step"]), float(entry["eval_loss"])))
+        for entry in objects_in(run.metrics):
+            step, loss = entry.get("step"), entry.get("eval_loss")
+            if type(step) is int and isinstance(loss, int | float):
+                found.append((step, float(loss)))
     return tuple(found)
 
 

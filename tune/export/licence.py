@@ -13,6 +13,10 @@ from typing import Any
 
 import yaml
 
+from tune.files.foreign import read_plain
+
+_LARGEST = 2**20
+"""Bytes of a card or a licence."""
 _TEXTS = {
     r"Apache License\s+Version 2\.0": "apache-2.0",
     r"LLAMA 2 COMMUNITY LICENSE": "llama2",
@@ -70,8 +74,8 @@ def find_licence(folder: Path | None, name: str | None, kind: str, revision: str
 def card_licence(folder: Path) -> Licence:
     """What the front matter of a folder's README.md says."""
     try:
-        return _from_card((folder / "README.md").read_text(encoding="utf-8", errors="replace"))
-    except OSError:
+        return _from_card(_text(folder / "README.md"))
+    except (OSError, ValueError):
         return Licence()
 
 
@@ -81,14 +85,18 @@ def _from_folder(folder: Path) -> Licence:
         return found
     for path in sorted(folder.glob("LICEN[CS]E*")):
         try:
-            beginning = path.read_text(encoding="utf-8", errors="replace")[:2000]
-        except OSError:
+            beginning = _text(path)[:2000]
+        except (OSError, ValueError):
             continue
         for pattern, identifier in _TEXTS.items():
             if re.search(pattern, beginning):
                 return Licence(identifier)
         return Licence("other", path.name)
     return Licence()
+
+
+def _text(path: Path) -> str:
+    return read_plain(path, _LARGEST, links=True).decode("utf-8", errors="replace")
 
 
 def _from_card(text: str) -> Licence:
@@ -109,7 +117,7 @@ def front_matter(text: str) -> dict[str, Any]:
         return {}
     try:
         found = yaml.safe_load(match[1])
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -69,11 +69,12 @@ def _serving(facts: Facts, place: str, base: str) -> list[str]:
 def merged_loading(facts: Facts) -> str:
     """The section's text for a merged model: transformers, PEFT for the adapter beside it, vLLM."""
     place = facts.repo or "PATH/TO/THIS/FOLDER"
+    code = ", trust_remote_code=True" if facts.recipe.model.trust_remote_code else ""
     with_transformers = [
         "import torch",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        f'model = AutoModelForCausalLM.from_pretrained("{place}", dtype="auto")',
+        f'model = AutoModelForCausalLM.from_pretrained("{place}", dtype="auto"{code})',
         *_ask(facts, place),
     ]
     parts = [
@@ -108,15 +109,16 @@ def _imports(facts: Facts, *more: str) -> list[str]:
 def _load(facts: Facts, variable: str, base: str) -> list[str]:
     """The lines that load the base as it was trained over."""
     model = facts.recipe.model
+    code = ", trust_remote_code=True" if model.trust_remote_code else ""
     if model.quantization == "none":
-        return [f'{variable} = AutoModelForCausalLM.from_pretrained("{base}", dtype=torch.{model.dtype})']
+        return [f'{variable} = AutoModelForCausalLM.from_pretrained("{base}", dtype=torch.{model.dtype}{code})']
     return [
         "nf4 = BitsAndBytesConfig(",
         '    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,',
         f"    bnb_4bit_compute_dtype=torch.{model.dtype},",
         ")",
         f"{variable} = AutoModelForCausalLM.from_pretrained(",
-        f'    "{base}", dtype=torch.{model.dtype}, quantization_config=nf4',
+        f'    "{base}", dtype=torch.{model.dtype}, quantization_config=nf4{code}',
         ")",
     ]
 

@@ -41,7 +41,10 @@ from tune.export.proof import Proof, prove
 from tune.export.proof.stock import with_stock_adapter
 from tune.export.subject import Base, Subject, find_subject
 from tune.export.words import write_words
+from tune.files.foreign import read_object
 from tune.folder import PROOF, UNPROVEN, check_unchanged, explain_os_errors, flush, write_file
+from tune.folder.places import open_lock, refuse_foreign_folder
+from tune.folder.records import read_proof
 from tune.models.replaced_rows import ReplacedRows, RowValues
 from tune.models.shards import DTYPES, copying, read_header, reshaped_header
 from tune.models.streamed import Weights
@@ -124,9 +127,10 @@ def prove_again(run: str | Path, output: str | Path | None = None, progress: Pro
     """
     _return_freed_memory()
     folder = Path(output).expanduser() if output is not None else find_output(run)
+    refuse_foreign_folder(folder)  # the verdict is written into it
     try:
-        base = json.loads((folder / PROOF).read_text(encoding="utf-8"))["base"]
-    except (OSError, ValueError, TypeError, KeyError):
+        base = read_proof(folder / PROOF)["base"]
+    except (OSError, ValueError, KeyError):
         base = None
     if base not in get_args(Base):
         raise RunError(f"{folder}: holds no {PROOF} of a merge, so there is nothing to prove again. Merge first.")
@@ -175,10 +179,11 @@ def _work(folder: Path) -> Iterator[Path]:
     """
     work = beside(folder)
     try:
+        refuse_foreign_folder(work)
         work.mkdir(parents=True, exist_ok=True)
     except FileNotFoundError:  # as /proc answers
         raise RunError(f"{folder.parent}: no folder can be made there. Give another --output.") from None
-    with open(work / ".lock", "a") as handle:
+    with open_lock(work / ".lock") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -198,15 +203,15 @@ def _begin(work: Path, subject: Subject) -> Path:
         RunError: there is not enough room.
     """
     journal, model, key = work / _JOURNAL, work / "model", subject.key()
-    if not (journal.is_file() and journal.read_text(encoding="utf-8") == json.dumps({"key": key})):
+    if not _is_of(journal, key):
         shutil.rmtree(model, ignore_errors=True)
         write_file(journal, json.dumps({"key": key}))
     model.mkdir(exist_ok=True)
     sizes = {file.name: file.stat().st_size for file in subject.checkpoint.files}
     # All but whole shards is quickly made again, and an old verdict must not outlive its proof.
     for path in model.iterdir():
-        if path.name not in sizes:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if path.name not in sizes or path.is_symlink():
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     needed = sum(size for name, size in sizes.items() if not (model / name).exists()) + _SPARE
     free = shutil.disk_usage(work).free
     if needed > free:
@@ -215,6 +220,14 @@ def _begin(work: Path, subject: Subject) -> Path:
             "Free some, or give an --output on another disk."
         )
     return model
+
+
+def _is_of(journal: Path, key: str) -> bool:
+    """Whether what was begun is the merge of this key."""
+    try:
+        return read_object(journal) == {"key": key}
+    except (OSError, ValueError):
+        return False
 
 
 def _write_shards(model: Path, subject: Subject, advance: Callable[[int, int], None]) -> None:
@@ -304,7 +317,8 @@ def write_shard(
     header, ends = reshaped_header(source, shape_of)
     unfinished = target.with_name(f".unfinished-{target.name}")
     try:
-        with open(source, "rb") as old, open(unfinished, "wb") as new:
+        unfinished.unlink(missing_ok=True)
+        with open(source, "rb") as old, open(unfinished, "xb") as new:  # never through a link that lies there
             new.write(header)
             for name, place in places.items():
                 pieces = rewritten(name)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import shutil
 from pathlib import Path
 
 from tune.errors import RunError
+from tune.files.foreign import read_object
 from tune.folder import PROOF, UNPROVEN, folder_of
+from tune.folder.places import open_lock
 
 
 def find_output(path: str | Path) -> Path:
@@ -44,8 +45,8 @@ def check_free(folder: Path) -> None:
 
 def _verdict(folder: Path) -> object:
     try:
-        return json.loads((folder / PROOF).read_text(encoding="utf-8"))["verdict"]
-    except (OSError, ValueError, TypeError, KeyError):
+        return read_object(folder / PROOF)["verdict"]
+    except (OSError, ValueError, KeyError):
         return None
 
 
@@ -56,8 +57,8 @@ def beside(folder: Path) -> Path:
 
 def _sweep(work: Path) -> None:
     """Remove what a merge left that was killed after its last rename."""
-    if (work / "model").exists() or not work.is_dir():
+    if (work / "model").exists() or not work.is_dir() or work.is_symlink():
         return
-    with contextlib.suppress(OSError), open(work / ".lock", "a") as handle:
+    with contextlib.suppress(OSError, RunError), open_lock(work / ".lock") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         shutil.rmtree(work)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tune.data.templates import sandbox
+from tune.data.templates.jinja_writing import JinjaWriting
+from tune.data.templates.resolve import LONGEST
+from tune.errors import DataError
+from tune.files.foreign import read_object, read_plain
+
 QUESTION = "What is the capital of France?"
 ANSWER = "Paris."
+_MOST = 256 << 20
+"""Bytes of a tokenizer's file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +31,8 @@ class Prompt:
 def read_prompt(folder: Path, system: str | None = None) -> Prompt | None:
     """Render the chat_template.jinja of an adapter's or model's folder; None where there is none that renders."""
     try:
-        jinja = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        jinja = read_plain(folder / "chat_template.jinja", LONGEST).decode("utf-8")
+        config = read_object(folder / "tokenizer_config.json")
     except (OSError, ValueError):
         return None
     special = {}
@@ -46,17 +53,13 @@ def read_prompt(folder: Path, system: str | None = None) -> Prompt | None:
 
 def render(jinja: str, special: dict[str, str], system: str | None = None) -> str | None:
     """The question and its answer as a chat template writes them; None where the template refuses."""
-    from jinja2 import TemplateError
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    messages = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
     if system:
         messages.insert(0, {"role": "system", "content": system})
     try:
-        rendered, _ = render_jinja_template(conversations=[messages], chat_template=jinja, **special)
-    except (TemplateError, TypeError, ValueError):
+        return sandbox.plain(JinjaWriting("chat_template.jinja", jinja, special), messages)
+    except DataError:
         return None
-    return str(rendered[0])
 
 
 def _content(value: Any) -> str | None:
@@ -67,7 +70,7 @@ def _content(value: Any) -> str | None:
 
 def _added_tokens(folder: Path) -> list[str]:
     try:
-        content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        content = read_object(folder / "tokenizer.json", _MOST)
         return [str(token["content"]) for token in content.get("added_tokens", [])]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []

@@ -17,12 +17,15 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from tune.adapters.config_file import read_adapter_config
 from tune.errors import RunError
 from tune.export.card import card_warnings, marker, write_card
-from tune.export.facts import HUB_NAME, Facts, read_facts, read_json
-from tune.export.secrets import holds_secret, redact, redact_all
+from tune.export.facts import HUB_NAME, Facts, read_facts, read_json, read_provenance, read_state
 from tune.folder import PROOF, UNPROVEN, RunFolder, check_unchanged, file_digest, folder_of
+from tune.folder.places import refuse_foreign_folder
+from tune.folder.records import read_proof
 from tune.recipe.load import load_recipe, recipe_to_yaml
+from tune.secrets import holds_secret, redact, redact_all, secret_in
 
 MARKER = "tune-run.json"
 """In every repository that tune published: which run, and what of it."""
@@ -84,12 +87,14 @@ def check_name(repo: str, key: str = "OWNER/NAME") -> None:
     """Refuse a name that cannot be a repository's.
 
     Raises:
-        RunError: it does not read OWNER/NAME.
+        RunError: it does not read OWNER/NAME, or holds a secret.
     """
+    if HUB_NAME.fullmatch(repo) and (secret := secret_in(repo)) is not None:
+        raise RunError(f"{key}: {repo} holds {secret}. Give another name, or unset a variable that is no secret.")
     wrong = not HUB_NAME.fullmatch(repo) or len(repo) > 96 or re.search(r"--|\.\.|\.git$|[-.]$", repo)
     if wrong:
         raise RunError(
-            f"{key}: {redact(repo)} cannot be a repository. Give OWNER/NAME, where OWNER is your account or "
+            f"{key}: {repo} cannot be a repository. Give OWNER/NAME, where OWNER is your account or "
             "organisation, in letters, digits, '-', '_' and '.'."
         )
 
@@ -163,12 +168,12 @@ def run_identity(run: RunFolder) -> str:
     without what may change on a resume.
     """
     values = load_recipe(run.recipe).model_dump(mode="json")
-    provenance = read_json(run.provenance)
+    provenance = read_provenance(run)
     base = provenance.get("base", {}).get("fingerprint")
     data = provenance.get("data", {}).get("fingerprint") or provenance.get("data_fingerprint")
     if base is None or data is None:
         steps = run.steps()
-        state = read_json(run.checkpoint(steps[-1]) / "state.json") if steps else {}
+        state = read_state(run.checkpoint(steps[-1])) if steps else {}
         base, data = state.get("base_fingerprint"), state.get("data_fingerprint")
     for name in ("base", "revision"):
         values["model"].pop(name)
@@ -195,14 +200,18 @@ def check_merge(folder: Path, adapter: Path, command: str) -> dict[str, Any]:
     Raises:
         RunError: there is no merged model, it is not whole, its proof failed, or it is another adapter's.
     """
+    refuse_foreign_folder(folder)  # a link in it would publish what it leads to
     if not folder.is_dir():
         raise RunError(f"{folder}: there is no merged model yet. Type `{command}`, then push again.")
-    proof = read_json(folder / PROOF)
     again = f"Remove that folder and type `{command}`"
+    try:
+        proof = read_proof(folder / PROOF) if (folder / PROOF).is_file() else {}
+    except (OSError, ValueError) as error:
+        raise RunError(f"{folder / PROOF}: cannot be read ({error}). {again}.") from error
     if (folder / UNPROVEN).exists() or (proof and proof.get("verdict") != "proven"):
         reasons = proof.get("reasons") or ["its proof failed"]
         raise RunError(
-            f"{folder}: is not the model that was trained ({'; '.join(map(str, reasons))[:200]}), so it is not "
+            f"{folder}: is not the model that was trained ({redact('; '.join(map(str, reasons)))[:200]}), so it is not "
             f"published. {again}, or push the adapter without --merged."
         )
     if not proof:
@@ -232,6 +241,7 @@ def _adapter_of(path: str | Path) -> tuple[RunFolder, Path]:
         )
     _weights(adapter)
     check_unchanged(run, adapter)
+    read_adapter_config(adapter)  # others will load it as it is
     return run, adapter
 
 
@@ -250,6 +260,8 @@ def _files(folder: Path, patterns: tuple[str, ...], facts: Facts) -> dict[str, b
     """The files of a folder that match, texts rewritten."""
     found: dict[str, bytes | Path] = {}
     for path in sorted(folder.iterdir()):
+        if path.is_symlink():  # it would publish what it leads to, which may be no part of this run
+            raise RunError(f"{path}: is a link, and only files that lie in the run are published. Put the file there.")
         if not path.is_file() or not any(fnmatch(path.name, pattern) for pattern in patterns):
             continue
         if any(fnmatch(path.name, pattern) for pattern in _REWRITTEN):

@@ -16,8 +16,10 @@ from tune.data.tokenizer import load_tokenizer
 from tune.errors import ModelError, RunError
 from tune.export.deltas import Change, Pair, Replacement, StackDelta, read_pairs
 from tune.folder import RunFolder, folder_of
-from tune.models.hub import fingerprint_base, read_config
+from tune.folder.records import missing_of
+from tune.models.hub import fingerprint_base, local_folder, read_config
 from tune.models.load import check_supported
+from tune.models.own_code import is_same_code, refuse_unknown_code
 from tune.models.replaced_rows import RowValues
 from tune.models.shards import DTYPES, Checkpoint, Stack, base_checkpoint
 from tune.models.streamed import StreamedModel, TrainedWeights, Weights
@@ -65,6 +67,12 @@ class Subject:
         """The parameters that are merged into."""
         return Weights(self.checkpoint) if self.base == "original" else self.trained_weights()
 
+    def trusts(self, folder: Path) -> bool:
+        """Whether Python code in a merged folder may run: the base's own code may, and this is the same."""
+        section = self.recipe.model
+        base = local_folder(section.base) or self.checkpoint.files[0].parent
+        return section.trust_remote_code and is_same_code(folder, base)
+
     def is_rewritten(self, name: str) -> bool:
         """Whether the merge may give a stored tensor other values."""
         return name in self.deltas or (self.base == "quantized" and name in self.parameters)
@@ -97,18 +105,24 @@ def find_subject(path: str | Path, base: Base) -> Subject:
     """Read a run and its base, without weights.
 
     Raises:
-        RunError: there is no run, or nothing of it to merge.
+        RunError: there is no run, nothing of it to merge, or its base's own code would run and may not.
         ModelError: the base is gone, broken or another one than was trained on, or the adapter does not fit it.
     """
     run, adapter = folder_of(path)
     recipe = load_recipe(run.recipe)
     section = recipe.model
+    refuse_unknown_code(run, section)
     if base == "quantized" and section.quantization == "none":
         raise RunError(
             f"{path}: was trained on a base that was not quantised, so there is no quantised one to merge into. "
             "Leave out --base."
         )
     provenance = run.read_provenance()
+    if missing := missing_of(provenance):
+        raise RunError(
+            f"{run.provenance}: lacks {', '.join(missing)}, so a merge could not be proven. Remove it; "
+            f"`tune train {run.recipe} --resume` writes it again."
+        )
     config = read_config(section.base, section.revision, section.trust_remote_code)
     check_supported(section, config)
     now = fingerprint_base(section.base, section.revision)
@@ -124,7 +138,7 @@ def find_subject(path: str | Path, base: Base) -> Subject:
     saved = (run.adapter / "tokenizer_config.json").is_file()
     from_file = saved and recipe.data.template.endswith(".jinja")
     if saved:
-        tokenizer: Any = load_tokenizer(str(run.adapter), trust_remote_code=section.trust_remote_code)
+        tokenizer: Any = load_tokenizer(str(run.adapter), saved=True)
     else:
         tokenizer = prepare_tokenizer(recipe).tokenizer
     subject = Subject(
@@ -141,6 +155,12 @@ def find_subject(path: str | Path, base: Base) -> Subject:
         tokenizer=tokenizer,
         template=resolve_template("tokenizer" if from_file else recipe.data.template, tokenizer),
     )
+    largest = max((token for example in provenance["examples"] for token in example["ids"]), default=0)
+    if largest >= subject.vocabulary:
+        raise RunError(
+            f"{run.provenance}: its examples have a token {largest}, and base and adapter have embeddings for "
+            f"{subject.vocabulary}. Remove it; `tune train {run.recipe} --resume` writes it again."
+        )
     if len(tokenizer) > subject.vocabulary:
         raise ModelError(
             f"{adapter}: its tokenizer has {len(tokenizer)} tokens, and base and adapter have embeddings for "

@@ -8,10 +8,14 @@ from typing import Any
 
 from tune.errors import ModelError
 from tune.export.subject import Subject
+from tune.files.foreign import followed, read_plain
 from tune.folder import write_file
 from tune.models.hub import fetch, local_folder
 
 _LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+
+_LARGEST = 64 * 2**20
+"""Bytes of one of them."""
 
 
 def write_words(folder: Path, subject: Subject) -> None:
@@ -66,7 +70,19 @@ def _copy_beside(folder: Path, subject: Subject) -> None:
     for pattern in patterns:
         for path in sorted(base.glob(pattern)):
             if path.is_file():
-                write_file(folder / path.name, path.read_bytes())
+                write_file(folder / path.name, _copied(path))
+
+
+def _copied(path: Path) -> bytes:
+    """The content of a file beside the base's weights: it will be published, so it must be the base's own.
+
+    Raises:
+        ModelError: it is a link to something else, or no text.
+    """
+    try:
+        return read_plain(followed(path), _LARGEST)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be copied ({error}). It would be a part of the merged model.") from error
 
 
 def _json(subject: Subject, name: str) -> dict[str, Any] | None:

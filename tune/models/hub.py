@@ -7,13 +7,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from tune.data.auto_map import files_of_code
 from tune.data.hub import explain, one_line, transport_error
+from tune.data.tokenizer_files import check_class
 from tune.errors import ModelError, did_you_mean
+from tune.files.foreign import read_plain
+from tune.files.pickles import pickles_among, refuse_disguised
+from tune.models.sizes import check_layers, check_numbers
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+"""What a base's weights are read from, the first before the second."""
+_LONGEST_CONFIG = 16 * 2**20
+"""Bytes of a config.json."""
 
 
 @contextmanager
@@ -94,7 +107,11 @@ def fingerprint_base(base: str, revision: str | None = None) -> str:
         digest.update(config.resolve().read_bytes())
         digest.update(config.parent.name.encode())  # a snapshot's folder is named after its commit
         return digest.hexdigest()
-    digest.update((folder / "config.json").read_bytes())
+    content = (folder / "config.json").read_bytes()
+    digest.update(content)
+    # Its own code, if it has some, is a part of what is trained.
+    for path in sorted(folder.rglob("*.py")) if files_of_code(json.loads(content)) else ():
+        digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes() + b"\0")
     for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
@@ -131,11 +148,12 @@ def read_config(base: str, revision: str | None = None, trust_remote_code: bool 
         path = folder / "config.json"
         if not path.is_file():
             raise ModelError(f"model.base: {base} holds no config.json, so it is not a model folder.")
-        _refuse_pickles(base, {entry.name for entry in folder.iterdir()})
+        _check_files(base, folder)
     else:
         path = fetch(base, "config.json", revision)
         if path is None:
             raise ModelError(f"model.base: {base} on the Hub holds no config.json, so it is not a transformers model.")
+        _check_hub_files(base, revision)
     own_code = _check_config(base, path, trust_remote_code)
     try:
         with quiet_transformers():
@@ -148,32 +166,41 @@ def read_config(base: str, revision: str | None = None, trust_remote_code: bool 
         ) from error
     # Encoders have a causal head too, for use as decoders; as they come they look in both directions.
     encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
-    known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or own_code
+    known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (own_code and trust_remote_code)
     if not known or encoder or getattr(config, "is_encoder_decoder", False):
         raise ModelError(
             f"model.base: {base} is a {config.model_type} model, not a causal language model. "
             "Give a base such as mistralai/Mistral-7B-v0.1."
         )
-    if getattr(config, "quantization_config", None):
-        raise ModelError(
-            f"model.base: {base} is already quantised. Give the original weights; "
-            "model.quantization: nf4 packs them while they load."
-        )
+    _choose_implementations(config)
+    if folder is not None:
+        check_layers(base, folder, config)
     return config
+
+
+def _choose_implementations(config: Any) -> None:
+    """Forget the kernels that a config.json asks for: transformers may fetch them from the Hub, and attention is ours.
+
+    `eager` and `sdpa` are transformers' own code, and a base may be right with one of them alone.
+    """
+    if config._attn_implementation not in (None, "eager", "sdpa"):
+        config._attn_implementation = None
+    config._experts_implementation = None
 
 
 def _check_config(base: str, path: Path, trust_remote_code: bool) -> bool:
     """Refuse a config.json that transformers would answer with a page; return whether the model brings its own code."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_plain(path, _LONGEST_CONFIG, links=True).decode("utf-8"))
     except json.JSONDecodeError as error:
         raise ModelError(
             f"model.base: {base}/config.json:{error.lineno}: is not valid JSON ({error.msg}, column {error.colno}). "
             "Copy it again from the original model."
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(
             f"model.base: {base}/config.json cannot be read ({one_line(error)}). Copy it again."
         ) from error
@@ -183,27 +210,125 @@ def _check_config(base: str, path: Path, trust_remote_code: bool) -> bool:
             f"model.base: {base}/config.json has no model_type, such as mistral, so nothing says what the weights "
             "are. Copy it again from the original model."
         )
-    own_code = bool(content.get("auto_map"))
-    if own_code and kind not in CONFIG_MAPPING_NAMES and not trust_remote_code:
+    _refuse_settings(base, content)
+    check_numbers(base, content)
+    code = files_of_code(content)
+    if not (code and trust_remote_code):
+        check_class(base, content)
+    if code and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not trust_remote_code:
         raise ModelError(
-            f"model.base: {base} needs Python code of its own to run ({kind}). Read it, and set "
-            "model.trust_remote_code: true only if you trust it."
+            f"model.base: {base} needs Python code of its own to run ({kind}: {', '.join(code)}), and nobody has said "
+            "that it may. Read it, and set model.trust_remote_code: true only if you trust it."
         )
-    if kind not in CONFIG_MAPPING_NAMES and not own_code:
+    if kind not in CONFIG_MAPPING_NAMES and not code:
         raise ModelError(
             f"model.base: {base}/config.json says model_type {kind!r}, which this transformers does not know."
             f"{did_you_mean(kind, CONFIG_MAPPING_NAMES) or ' A newer transformers may.'}"
         )
-    return own_code
+    return bool(code)
+
+
+def _refuse_settings(base: str, content: dict[str, Any]) -> None:
+    """Refuse what a config.json may ask of transformers beside describing a model, in whatever depth."""
+    weights = content.get("transformers_weights")
+    if weights not in (None, SINGLE, INDEX):
+        raise ModelError(
+            f"model.base: {base}/config.json names its weights ({weights!r}), and they are read from {SINGLE} or "
+            f"{INDEX} alone. Take transformers_weights out of it."
+        )
+    for key, value in _everywhere(content):
+        if key in ("quantization_config", "compression_config") and value is not None:
+            raise ModelError(
+                f"model.base: {base} is already quantised ({key} in its config.json). Give the original weights; "
+                "model.quantization: nf4 packs them while they load."
+            )
+        asks = key.strip("_").removesuffix("_internal") in ("attn_implementation", "experts_implementation")
+        if asks and "/" in json.dumps(value):
+            raise ModelError(
+                f"model.base: {base}/config.json asks for a kernel from the Hub ({key}: {json.dumps(value)}), which "
+                "is code that would be fetched and run. Take the key out of it: attention is chosen here."
+            )
+
+
+def _everywhere(content: Any) -> Iterator[tuple[str, Any]]:
+    """Every key with its value, at any depth."""
+    waiting = [content]
+    while waiting:
+        inner = waiting.pop()
+        if isinstance(inner, dict):
+            yield from inner.items()
+            waiting += inner.values()
+        elif isinstance(inner, list):
+            waiting += inner
+
+
+def _check_files(base: str, folder: Path) -> None:
+    """Refuse a local folder whose weights are pickles, by whatever name, or that is an adapter as well."""
+    from tune.models.shards import weight_map  # which needs this module
+
+    names = {entry.name for entry in folder.iterdir()}
+    if SINGLE in names:
+        refuse_disguised(folder / SINGLE, "model.base")
+    elif INDEX in names:
+        for shard in sorted(set(weight_map(folder / INDEX).values())):
+            refuse_disguised(folder / shard, "model.base")
+    else:
+        _refuse_pickles(base, names)
+    _refuse_adapter(base, "adapter_config.json" in names)
+
+
+def _check_hub_files(base: str, revision: str | None) -> None:
+    """Refuse a Hub base whose weights are pickles, or that is an adapter as well, before anything else is fetched.
+
+    transformers would ask a service to convert the pickles, and take weights from whatever answers it.
+    """
+    from tune.models.shards import weight_map  # which needs this module
+
+    names = _names_on_hub(base, revision)
+    if not names & {SINGLE, INDEX} and pickles_among(names):
+        _refuse_pickles(base, names)
+    if INDEX in names and SINGLE not in names and (index := fetch(base, INDEX, revision)) is not None:
+        weight_map(index)
+    _refuse_adapter(base, "adapter_config.json" in names)
+
+
+def _names_on_hub(base: str, revision: str | None) -> set[str]:
+    """The files of a Hub base; offline, those of them that are in the cache."""
+    from huggingface_hub import constants, is_offline_mode, try_to_load_from_cache
+
+    if not is_offline_mode():
+        with suppress(Exception):  # what this question meets, the requests for the files themselves meet and explain
+            unchanging = re.fullmatch("[0-9a-f]{40}", revision or "")
+            ask = _listed if unchanging else _listed.__wrapped__
+            return set(ask(constants.ENDPOINT, base, revision))
+    config = try_to_load_from_cache(base, "config.json", revision=revision)
+    return {path.name for path in Path(config).parent.iterdir()} if isinstance(config, str) else set()
+
+
+@cache
+def _listed(endpoint: str, base: str, revision: str | None) -> frozenset[str]:
+    """The files of a repository; of a commit they are asked for once."""
+    from huggingface_hub import HfApi
+
+    found = HfApi(endpoint).model_info(base, revision=revision, timeout=10).siblings
+    return frozenset(file.rfilename for file in found or ())
+
+
+def _refuse_adapter(base: str, is_one: bool) -> None:
+    if is_one:
+        raise ModelError(
+            f"model.base: {base} holds an adapter (adapter_config.json) beside its weights, and it is not said whether "
+            "it belongs to them. Merge it into them, or take it out; adapter.start_from continues an adapter."
+        )
 
 
 def _refuse_pickles(base: str, names: set[str]) -> None:
-    if any(name.endswith(".safetensors") for name in names):
-        return
-    pickles = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt")))
+    """Refuse a base without the safetensors that are looked for; pickles are named."""
+    pickles = [name for name in pickles_among(names) if name != "training_args.bin"]
     if pickles:
         raise ModelError(
             f"model.base: {base} holds only pickled weights ({pickles[0]}), which can run code when read. "
             "Convert them to safetensors first, or use a revision that has them."
         )
-    raise ModelError(f"model.base: {base} holds no .safetensors weights. The download or copy may be incomplete.")
+    if not any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
+        raise ModelError(f"model.base: {base} holds no .safetensors weights. The download or copy may be incomplete.")

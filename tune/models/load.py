@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,11 +20,17 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from tune.data.hub import explain, one_line
 from tune.errors import ModelError
+from tune.files.pickles import refuse_disguised
 from tune.models.attention import settle_attention
 from tune.models.catalog import FAMILIES, family_of, is_mixture
-from tune.models.hub import local_folder, quiet_transformers, read_config
+from tune.models.hub import fetch, local_folder, quiet_transformers, read_config
 from tune.models.sharding import quant_state_of, within
+from tune.models.shards import checkpoint_in
+from tune.models.sizes import check_elements, check_experts
 from tune.recipe import schema
+
+_NOWHERE = "no-adapter"
+"""A folder that no base has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +62,7 @@ def check_supported(section: schema.Model, config: Any) -> None:
             "version does not quantise or adapt, and it does not train with part of a model left out. "
             f"Use a base of one of the families {known}, or a dense one, such as mistralai/Mistral-7B-v0.1."
         )
+    check_experts(section.base, config)
     activation = getattr(config, "hidden_act", "silu")
     if family is not None and family.experts and activation not in ("silu", "swish"):
         raise ModelError(
@@ -84,6 +92,7 @@ def load_base(
 
     config = read_config(section.base, section.revision, section.trust_remote_code)
     check_supported(section, config)
+    _outlined(section, config)  # what is missing in the weights, the loader would allocate
     dtype = getattr(torch, section.dtype)
     quantization = None
     if section.quantization == "nf4":
@@ -98,8 +107,8 @@ def load_base(
                 section.base,
                 config=config,
                 revision=section.revision,
-                # transformers looks for an adapter beside the weights, and older ones look at the default branch.
-                adapter_kwargs={"revision": section.revision} if section.revision else None,
+                # transformers would follow an adapter beside the weights, whatever base that one names.
+                adapter_kwargs={"subfolder": _NOWHERE} | ({"revision": section.revision} if section.revision else {}),
                 trust_remote_code=section.trust_remote_code,
                 dtype=dtype,
                 quantization_config=quantization,
@@ -112,7 +121,9 @@ def load_base(
     except torch.OutOfMemoryError as error:
         raise ModelError(f"model.base: {section.base} does not fit into the memory of {device}.") from error
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise ModelError(_unreadable(section.base, error)) from error
+        raise ModelError(_unreadable(section, error)) from error
+    except ImportError as error:  # of code that came with the base
+        raise ModelError(f"model.base: {section.base} needs a package that is not here ({one_line(error)}).") from error
     except _CONTRADICTIONS as error:
         raise ModelError(_unbuildable(section.base, error)) from error
     _check_complete(section.base, info, model)
@@ -148,22 +159,30 @@ def outline_base(section: schema.Model) -> LoadedBase | None:
     Raises:
         ModelError: the base is not one that training takes, or its config contradicts itself.
     """
-    from transformers import AutoModelForCausalLM
-
     config = read_config(section.base, section.revision, section.trust_remote_code)
     check_supported(section, config)
+    model = _outlined(section, config)
+    return None if model is None else LoadedBase(model, config, packs=True, attention="")
+
+
+def _outlined(section: schema.Model, config: Any) -> Any | None:
+    """The model on the meta device, not larger than its weights; as `outline_base`."""
+    from transformers import AutoModelForCausalLM
+
     if section.trust_remote_code and getattr(config, "auto_map", None):
         return None
     try:
         with quiet_transformers(), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            # Said even so: left open, transformers would ask on the terminal whether code may run.
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except _CONTRADICTIONS as error:
         raise ModelError(_unbuildable(section.base, error)) from error
-    return LoadedBase(model, config, packs=True, attention="")
+    check_elements(section.base, local_folder(section.base), model)
+    return model
 
 
 # What building a model from a config that contradicts itself raises, wherever the contradiction shows.
-_CONTRADICTIONS = (ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError)
+_CONTRADICTIONS = (ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError)
 
 
 def _unbuildable(base: str, error: Exception) -> str:
@@ -173,9 +192,18 @@ def _unbuildable(base: str, error: Exception) -> str:
     )
 
 
-def _unreadable(base: str, error: Exception) -> str:
+def _unreadable(section: schema.Model, error: Exception) -> str:
+    base, folder = section.base, local_folder(section.base)
+    config = fetch(base, "config.json", section.revision) if folder is None else None
+    for path in sorted((config.parent if config is not None else folder or Path()).glob("*.safetensors")):
+        refuse_disguised(path, "model.base")
     words = f"the weights of {base} cannot be read ({one_line(error)}). The download or copy may be incomplete."
-    access = None if local_folder(base) is not None else explain(error, base, "model.base")
+    if folder is not None:
+        try:
+            checkpoint_in(folder)
+        except ModelError as better:  # it names the file, and the tensor if there is one
+            words = f"the weights of {base} cannot be read. {better}" if "incomplete" in str(better) else words
+    access = None if folder is not None else explain(error, base, "model.base")
     return access or f"model.base: {words}"
 
 

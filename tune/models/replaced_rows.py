@@ -34,7 +34,7 @@ class RowValues:
         """Return itself; None when it belongs to a matrix of another width, or would leave rows without a value."""
         fits = len(shape) == 2 and shape[1] == self.values_KH.shape[1] and len(self.ids) == len(self.values_KH)
         behind = range(shape[0], self.height(shape[0])) if fits else ()
-        return self if fits and set(behind) <= set(self.ids) else None
+        return self if fits and len(behind) <= len(self.ids) and set(behind) <= set(self.ids) else None
 
     def rounded(self, dtype: torch.dtype) -> RowValues:
         """The same rows with the values that `dtype` has."""

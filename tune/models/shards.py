@@ -10,23 +10,31 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tune.errors import ModelError, did_you_mean
+from tune.files.foreign import open_plain, parse_json, read_object
+from tune.files.pickles import pickles_among, refuse_disguised
+from tune.models.hub import INDEX as INDEX
+from tune.models.hub import SINGLE as SINGLE
 from tune.models.hub import fetch, local_folder
 from tune.recipe import schema
+from tune.recipe.read import shown
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The floating-point types that a delta can be added to, by their names in a header."""
 
-_LONGEST_HEADER = 100_000_000
+_LONGEST_HEADER = 32 * 2**20
+_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+"""Bytes of an element, of the types whose tensors are checked to be as long as their shape says."""
+_SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}\.safetensors")
 _COPY = 8 * 2**20
 
 
@@ -187,22 +195,20 @@ def read_header(path: Path) -> tuple[int, dict[str, Place]]:
         return ModelError(f"{path}: {words}. The download or copy may be incomplete: copy it again.")
 
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
+        with open_plain(path, links=True) as file:
+            size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, _LONGEST_HEADER):
+                refuse_disguised(path)
                 raise broken("is no whole safetensors file")
-            header = dict(json.loads(file.read(length)))
+            header = dict(parse_json(file.read(length)))
         header.pop("__metadata__", None)
         first = 8 + length
-        places = {
-            name: Place(path, entry["dtype"], tuple(entry["shape"]), *(first + at for at in entry["data_offsets"]))
-            for name, entry in header.items()
-        }
+        places = {name: _place(path, name, entry, first) for name, entry in header.items()}
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror}). Copy it again.") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise broken("has a header that is no safetensors header") from error
+        raise broken(f"has a header that is no safetensors header ({error})") from error
     ordered = dict(sorted(places.items(), key=lambda item: (item[1].start, item[1].end)))
     at = first
     for name, place in ordered.items():
@@ -212,6 +218,26 @@ def read_header(path: Path) -> tuple[int, dict[str, Place]]:
     if at != size:
         raise broken(f"is {size:,} bytes long and should be {at:,}")
     return first, ordered
+
+
+def _place(path: Path, name: str, entry: Any, first: int) -> Place:
+    """The place that the entry of a tensor in a header tells, where the tensors begin at `first`.
+
+    Raises:
+        ValueError: it tells none.
+        KeyError, TypeError: likewise.
+    """
+    dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    numbers = [*shape, start, end]
+    if (
+        not isinstance(dtype, str)
+        or len(shape) > 16
+        or not all(type(number) is int and 0 <= number < 2**63 for number in numbers)
+    ):
+        raise ValueError(f"a type, a shape or a place of {shown(name)} is none")
+    if dtype in _SIZES and math.prod(shape) * _SIZES[dtype] != end - start:
+        raise ValueError(f"{end - start} bytes of {shown(name)} are not of shape {shape}"[:200])
+    return Place(path, dtype, tuple(shape), first + start, first + end)
 
 
 def reshaped_header(path: Path, shape_of: Callable[[str], tuple[int, ...]]) -> tuple[bytes, dict[str, int]]:
@@ -266,12 +292,18 @@ def weight_map(index: Path) -> dict[str, str]:
         ModelError: it is no index, or names a file outside its folder.
     """
     try:
-        found = {str(name): str(shard) for name, shard in json.loads(index.read_bytes())["weight_map"].items()}
+        listed = read_object(index, _LONGEST_HEADER, links=True)["weight_map"]
+        found = {str(name): str(shard) for name, shard in listed.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ModelError(f"{index}: is no index of a checkpoint ({error}). Copy it again.") from error
     for shard in found.values():
-        if Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise ModelError(f"{index}: names {shard!r}, which is no safetensors file beside it. Copy it again.")
+        if pickles_among([shard]):
+            raise ModelError(
+                f"{index}: names {shard!r}, a Python pickle, which can run code when it is read. Convert the weights "
+                "to safetensors, or use a revision that has them."
+            )
+        if not _SHARD.fullmatch(shard):
+            raise ModelError(f"{index}: names {shown(shard)!r}, which is no safetensors file beside it. Copy it again.")
     if not found:
         raise ModelError(f"{index}: names no tensors. Copy it again.")
     return found

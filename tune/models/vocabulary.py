@@ -70,6 +70,11 @@ def check_room(model: Any, base_name: str, ids: Sequence[int]) -> None:
             f"model.base: the tokenizer of {base_name} has {min(ids)} tokens before any is added, and the model has "
             f"{rows} embeddings. Tokenizer and weights belong to different models: copy both from one."
         )
+    if max(ids) >= rows + len(ids):  # they stand one behind the other; a gap would be filled, however wide
+        raise ModelError(
+            f"model.base: {base_name} has {rows} embeddings, and a token that is added would be number {max(ids)} for "
+            f"{len(ids)} of them. Tokenizer and weights belong to different models: copy both from one."
+        )
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise ModelError(
             f"data.add_tokens: the output head of {base_name} has a bias, which stock PEFT would leave out once rows "

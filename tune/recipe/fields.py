@@ -76,6 +76,13 @@ def _hub_name(value: str) -> str:
     return value
 
 
+def _revision(value: str) -> str:
+    # The Hub's client makes a path of it, which must not lead out of its cache.
+    if not re.fullmatch(r"[\w.][\w./+@-]{0,199}", value) or ".." in value:
+        raise ValueError("must be a branch, a tag or a commit")
+    return value
+
+
 def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
     for name in names:
         if names.count(name) > 1:
@@ -105,6 +112,7 @@ _TO_TRACKERS = BeforeValidator(_trackers, json_schema_input_type=Literal["none"]
 
 Text = Annotated[str, Field(min_length=1)]
 OptionalText = Annotated[Text | None, _TO_NONE]
+OptionalRevision = Annotated[Annotated[Text, AfterValidator(_revision)] | None, _TO_NONE]
 Whole = Annotated[int, Field(ge=0, le=2**32 - 1), _TO_WHOLE]
 Count = Annotated[int, Field(ge=1, le=10**9), _TO_WHOLE]
 Length = Annotated[int, Field(ge=8, le=10**9), _TO_WHOLE]

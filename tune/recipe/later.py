@@ -1,4 +1,4 @@
-"""What a recipe may ask for and this version does not build yet.
+"""What a recipe may ask for and does not get: what this version does not build yet, and secrets where none can be kept.
 
 The schema is the whole contract from the start, so that a recipe written today stays valid. An entry below is deleted
 when the thing it names is built; an empty list means that nothing is promised in vain.
@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from tune.recipe.fields import FORMATS, TEMPLATES
 from tune.recipe.schema import Recipe, Source
+from tune.secrets import secret_in
 
 
 class Later(NamedTuple):
@@ -41,9 +42,30 @@ def _templates(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield f"{key}.template", source.template
 
 
+def _secrets(recipe: Recipe) -> Iterator[str]:
+    """What holds a secret and cannot be hidden in what a run writes without breaking it.
+
+    Elsewhere in a recipe a secret is written as `***`, and a run goes on and is used without it.
+    """
+    for key, value, why in (
+        ("model.base", recipe.model.base, "The adapter names its base by it. Give the folder another name"),
+        ("data.system", recipe.data.system, "It would be trained, and stand in the chat template. Leave it out"),
+        ("data.template", recipe.data.template, "The run needs the file's name later. Give it another"),
+        ("push.repo", recipe.push.repo, "Everybody would read it there. Give the repository another name"),
+        ("output", recipe.output, "A folder's name cannot be hidden. Give it another"),
+    ):
+        if value is not None and (secret := secret_in(value)) is not None:
+            chance = "; if the word is there by chance, unset the variable" if "variable" in secret else ""
+            yield f"{key}: holds {secret}. {why}{chance}."
+
+
 def refusals(recipe: Recipe) -> list[str]:
-    """Return `key: words` for each thing that `recipe` asks for and this version does not build."""
-    found = [f"{later.key}: {later.words}" for later in _SINGLE if later.asks(recipe)]
+    """Return `key: words` for each thing that `recipe` asks for and cannot have.
+
+    That is what this version does not build, and a secret in a place where none can be kept.
+    """
+    found = list(_secrets(recipe))
+    found += [f"{later.key}: {later.words}" for later in _SINGLE if later.asks(recipe)]
     formats = [name for name in FORMATS if name not in FORMATS_LATER]
     for key, source in _sources(recipe):
         if source.format in FORMATS_LATER:

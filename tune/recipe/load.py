@@ -14,6 +14,7 @@ from tune.errors import RecipeError
 from tune.recipe.problems import explain, explain_conflicts
 from tune.recipe.read import Written, apply_overrides, read_file, read_mapping, shown
 from tune.recipe.schema import Recipe
+from tune.secrets import redact_all
 
 # In a clone this folder is a link to recipes/; in a wheel it holds the files.
 _SHIPPED = Path(__file__).parent / "shipped"
@@ -44,8 +45,11 @@ def load_recipe(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str]
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:
-    """The resolved recipe, defaults included, as YAML that `load_recipe` reads back to an equal one."""
-    values = recipe.model_dump(mode="json")
+    """The resolved recipe, defaults included, as YAML that `load_recipe` reads back to an equal one.
+
+    Secrets in it are hidden, value by value: a number is never taken for one.
+    """
+    values = redact_all(recipe.model_dump(mode="json"))
     for key in ("train", "eval"):
         if isinstance(values["data"][key], list):
             values["data"][key] = [

@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from tune.recipe.elsewhere import look_up, look_up_value
-from tune.recipe.read import HALF_A_CHARACTER, Key, Written, dotted, shown
+from tune.recipe.read import HALF_A_CHARACTER, MAX_PROBLEMS, Key, Written, dotted, shown
 from tune.recipe.schema import Recipe, Source
 
 _MISSING = object()
@@ -59,6 +59,9 @@ def explain(error: ValidationError, written: Written) -> tuple[list[tuple[int, s
     suspects: set[str] = set()
     meant: set[Key] = set()
     details = error.errors(include_url=False)
+    if (more := len(details) - MAX_PROBLEMS) > 0:
+        lines.append((2**62, f"{written.place(()).where}: and {more} more. Mend these first."))
+        details = details[:MAX_PROBLEMS]
     for detail in details:
         if detail["type"] == "extra_forbidden":
             key = _written_key(detail, written)

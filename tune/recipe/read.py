@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,14 +17,18 @@ from typing import Any, NamedTuple
 import yaml
 
 from tune.errors import RecipeError
+from tune.secrets import redact
 
 Key = tuple[str | int, ...]
 MAX_BYTES = 256 * 1024
 MAX_VALUES = 10_000
 MAX_DEPTH = 32
+MAX_PROBLEMS = 50
 HALF_A_CHARACTER = "holds half a surrogate pair, which is no character"
 
-_SECRET = re.compile(r"(^|[._-])(token|secret|password|api[_-]?key)($|[._-])", re.IGNORECASE)
+_SECRET = re.compile(
+    r"(^|[._-])(token|secret|passw(or)?d|passphrase|credentials?|auth|pat|\w*key)($|[._-])", re.IGNORECASE
+)
 
 
 class Place(NamedTuple):
@@ -78,6 +83,9 @@ class _NodeReader:
 
     def complain(self, node: yaml.Node, words: str) -> None:
         line = node.start_mark.line + 1
+        if len(self.problems) == MAX_PROBLEMS:
+            told = [problem for _, problem in self.problems]
+            raise RecipeError([*told, f"{self.name}:{line}: more is wrong from here on. Is this a recipe?"])
         self.problems.append((line, f"{self.name}:{line}: {words}"))
 
     def value(self, node: yaml.Node, key: Key, around: tuple[int, ...] = ()) -> Any:
@@ -91,6 +99,8 @@ class _NodeReader:
         self.places.setdefault(key, Place(f"{self.name}:{line}", line))
         if not isinstance(node.tag, str) or node.tag not in _TAGS.get(type(node), ()):
             tag = shown(str(node.tag).replace("tag:yaml.org,2002:", "!!"))
+            # As with an alias: what is no word may be the beginning of a password that nobody quoted.
+            tag = tag if re.fullmatch(r"!+[\w/.:-]*", tag) and not re.search(r"\d", tag) else "!..."
             self.complain(node, f"a YAML tag has no meaning in a recipe ({tag}). Remove it.")
             return None
         if isinstance(node, yaml.MappingNode):
@@ -138,9 +148,8 @@ def shown(value: Any, limit: int = 60) -> str:
         return "a mapping"
     if isinstance(value, list | tuple | set):
         return "a list"
-    text = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
-    # A recipe is no place for a token, and a message about one must not spread it.
-    text = re.sub(r"\bhf_\w{8,}", "hf_...", text)
+    # Before it is cut: half a secret would not be known as one.
+    text = " ".join("".join(c if c.isprintable() else " " for c in redact(str(value))).split())
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
@@ -148,7 +157,10 @@ def read_file(path: Path) -> Written:
     """Read a recipe file that exists. Raises RecipeError where nothing can be read from it."""
     name = shown(path, 200)
     try:
-        with open(path, "rb") as file:
+        # A pipe would block an ordinary open until someone writes to it.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise RecipeError(f"{name}: is a pipe or a device. Write the recipe into a file first.")
             content = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise RecipeError(f"{name}: cannot be read ({error.strerror}). Check its permissions.") from None
@@ -184,7 +196,8 @@ def _compose(text: str, name: str) -> yaml.Node | None:
         mark = error.problem_mark or error.context_mark
         line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
         remedy = "Indent with spaces, not tabs." if "\\t" in str(error.problem) else "Check indentation and quotes."
-        problem = str(error.problem)
+        # What is no word may be the beginning of a password that nobody quoted.
+        problem = re.sub(r"(alias|anchor|handle) '[^']*\d.*?'", r"\1", str(error.problem))
         if problem.startswith("but "):
             problem = f"{error.context}, {problem}"
         words = f"is not valid YAML (column {column}: {shown(problem, 120)}). {remedy}"

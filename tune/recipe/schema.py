@@ -24,6 +24,7 @@ from tune.recipe.fields import (
     Number,
     OptionalCount,
     OptionalRepository,
+    OptionalRevision,
     OptionalTemplate,
     OptionalText,
     Positive,
@@ -86,7 +87,7 @@ class Model(Section):
 
     base: Text
     """The base model: a hub id such as mistralai/Mistral-7B-v0.1, or a local folder."""
-    revision: OptionalText = None
+    revision: OptionalRevision = None
     """Branch, tag or commit of a base from the hub; none means its default branch."""
     quantization: Literal["nf4", "none"] = "nf4"
     """Storage of the frozen weights: nf4 is 4 bits a weight with double quantisation; none keeps `dtype`."""
@@ -139,7 +140,7 @@ class Source(Section):
     """How rows are read; auto looks at the first rows."""
     split: OptionalText = None
     """Which split of a data set is read; none means train."""
-    revision: OptionalText = None
+    revision: OptionalRevision = None
     """Branch, tag or commit of a data set from the hub; none means its default branch."""
     config: OptionalText = None
     """Which configuration of a data set from the hub is read."""

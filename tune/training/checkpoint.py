@@ -25,14 +25,19 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from tune.adapters.lora import adapter_bytes, adapter_config_text, read_adapter
-from tune.errors import RunError
-from tune.folder import RunFolder, explain_os_errors, whole, write_folder
+from tune.errors import ModelError, RunError
+from tune.files.pickles import refuse_disguised, refuse_foreign
+from tune.folder import RunFolder, explain_os_errors, records, whole, write_folder
+from tune.models.shards import read_header
 from tune.planning.memory import Recompute
+from tune.recipe.read import shown
 from tune.training.metrics import finite
 from tune.training.optimizer import NamedParameters, optimizer_state, restore_optimizer
+from tune.training.router_balance import routers_of
 from tune.versions import versions
 
 
@@ -91,11 +96,11 @@ def machine_differences(saved: dict[str, Any]) -> list[str]:
     now, differences = machine(), []
     for key in ("machine", "cpu_capability", "threads", "processes"):
         if saved.get(key) != now[key]:
-            differences.append(f"{key} was {saved.get(key)}, is {now[key]}")
+            differences.append(f"{key} was {shown(saved.get(key))}, is {now[key]}")
     for name, version in now["versions"].items():
-        before = saved.get("versions", {}).get(name)
+        before = (saved.get("versions") or {}).get(name)
         if before != version:
-            differences.append(f"{name} was {before}, is {version}")
+            differences.append(f"{name} was {shown(before)}, is {version}")
     return differences
 
 
@@ -154,9 +159,14 @@ def forget_after(run: RunFolder, step: int) -> None:
 
 
 def newest_whole(run: RunFolder) -> tuple[int | None, list[int]]:
-    """Return the newest step with an undamaged checkpoint (or None), and the damaged ones that were passed over."""
+    """Return the newest step with an undamaged checkpoint (or None), and the damaged ones that were passed over.
+
+    Raises:
+        RunError: a pickle lies in one of them.
+    """
     damaged: list[int] = []
     for step in reversed(run.steps()):
+        refuse_foreign(run.checkpoint(step))
         if whole(run.checkpoint(step)):
             return step, damaged
         damaged.append(step)
@@ -166,7 +176,7 @@ def newest_whole(run: RunFolder) -> tuple[int | None, list[int]]:
 def read_state(folder: Path) -> tuple[TrainingState, dict[str, Any]]:
     """Return the training state of a checkpoint, and all of its state.json."""
     try:
-        content: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        content = records.read_state(folder / "state.json")
         names = TrainingState.__dataclass_fields__
         if isinstance(content.get("recompute"), bool):  # as an earlier version wrote it
             content["recompute"] = "full" if content["recompute"] else "none"
@@ -174,7 +184,7 @@ def read_state(folder: Path) -> tuple[TrainingState, dict[str, Any]]:
         if state.unlogged is not None:  # JSON has no word for a number that is not finite
             state.unlogged = {key: float("nan") if value is None else value for key, value in state.unlogged.items()}
         return state, content
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise RunError(
             f"{folder}: its state.json cannot be read ({error}). Remove this folder to use the one before."
         ) from error
@@ -186,5 +196,26 @@ def restore_checkpoint(
     """Put adapter and optimizer back as they were after the checkpoint's last step."""
     state, content = read_state(folder)
     read_adapter(folder, model)
-    restore_optimizer(optimizer, named, load((folder / "optimizer.safetensors").read_bytes()), content["optimizer"])
+    moments = folder / "optimizer.safetensors"
+    refuse_disguised(moments)
+    try:
+        read_header(moments)  # before anything of it is taken into memory
+        tensors = load(moments.read_bytes())
+        restore_optimizer(optimizer, named, tensors, content.get("optimizer") or {})
+    except (OSError, ValueError, SafetensorError, ModelError) as error:
+        raise RunError(f"{moments}: cannot be read ({error}). Remove its folder to use the one before.") from error
+    _check_counts(folder, state, model)
     return state
+
+
+def _check_counts(folder: Path, state: TrainingState, model: PeftModel) -> None:
+    """Refuse counts of another model's experts."""
+    counts, routers = state.expert_counts, routers_of(model.get_base_model())
+    if counts is None or routers is None:
+        state.expert_counts = None
+        return
+    if [len(layer) for layer in counts] != [routers.experts] * routers.layers or not all(map(sum, counts)):
+        raise RunError(
+            f"{folder}: its state.json counts the tokens of other experts than this model's {routers.layers} layers "
+            f"of {routers.experts} have. Remove this folder to use the one before."
+        )

@@ -14,8 +14,10 @@ from typing import IO, Any
 import torch
 
 from tune.errors import RecipeError, RunError
+from tune.files.foreign import objects_in
 from tune.folder import RunFolder, explain_os_errors, write_file
 from tune.recipe.schema import Recipe
+from tune.secrets import redact, redact_all
 from tune.training.devices import Devices
 
 
@@ -47,7 +49,7 @@ class Metrics:
         """Append one step; numbers that JSON has no word for become null."""
         if self._file is None:
             return
-        plain = finite(metrics)
+        plain = redact_all(finite(metrics))  # the places of rows are texts
         line = json.dumps(plain, allow_nan=False) + "\n"
         with explain_os_errors(self._path, "go on with --resume"):
             self._file.write(line)
@@ -87,13 +89,15 @@ def _keep_until(run: RunFolder, step: int) -> None:
     if not run.metrics.is_file():
         return
     kept = []
-    for line in run.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            break  # a killed process left half a line
-    write_file(run.metrics, "".join(line + "\n" for line in kept))
+    try:
+        for entry in objects_in(run.metrics):
+            if type(number := entry.get("step")) is not int:
+                break
+            if number <= step:
+                kept.append(json.dumps(entry) + "\n")
+    except ValueError as error:
+        raise RunError(f"{run.metrics}: {error}. Remove it, then go on with --resume.") from error
+    write_file(run.metrics, "".join(kept))
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -118,8 +122,7 @@ def _trackers(run: RunFolder, recipe: Recipe) -> list[Any]:
         return []
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    project = recipe.tracking.project or "tune"
-    title = recipe.tracking.name or run.root.name
+    project, title = redact(recipe.tracking.project or "tune"), redact(recipe.tracking.name or run.root.name)
     identity = run.root / ".tracking-id"
     if not identity.is_file():
         write_file(identity, secrets.token_hex(4))
@@ -135,10 +138,10 @@ def _trackers(run: RunFolder, recipe: Recipe) -> list[Any]:
             else:
                 tracker = made(project, name=title)
             tracker.start()
-            tracker.store_init_configuration(_flat(recipe.model_dump(mode="json")))
+            tracker.store_init_configuration(_flat(redact_all(recipe.model_dump(mode="json"))))
         # A refused login, a missing network, a full quota: each tracker raises its own kind.
         except Exception as error:
-            said = " ".join(str(error).split())[:300].rstrip(".")
+            said = " ".join(redact(str(error)).split())[:300].rstrip(".")
             raise RunError(
                 f"tracking.to: {kind} does not start ({said}). Log in to it or remove it, then go on with --resume."
             ) from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +10,10 @@ from torch import Tensor, nn
 
 from tune.errors import RecipeError
 from tune.recipe import schema
+from tune.recipe.read import shown
+
+_CODES, _BLOCK = 256, 256
+"""Of bitsandbytes' 8-bit moments: the values that a byte stands for, and the elements that share a scale."""
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 
@@ -90,13 +93,42 @@ def all_finite(optimizer: torch.optim.Optimizer, named: NamedParameters) -> bool
     return all(bool(torch.isfinite(tensor).all()) for tensor in floating)
 
 
+def _fits(held: dict[str, Any], shape: torch.Size, full: bool) -> bool:
+    """Whether a parameter of this shape can have these moments: of AdamW in full precision, or of its 8-bit form."""
+    moments = ("exp_avg", "exp_avg_sq") if full else ("state1", "state2")
+    wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = dict.fromkeys(moments, (torch.float32, tuple(shape)))
+    packed = not full and isinstance(held.get("state1"), Tensor) and held["state1"].dtype == torch.uint8
+    if packed:
+        wanted = dict.fromkeys(moments, (torch.uint8, tuple(shape)))
+        wanted |= dict.fromkeys(("qmap1", "qmap2"), (torch.float32, (_CODES,)))
+        wanted |= dict.fromkeys(("absmax1", "absmax2"), (torch.float32, (math.ceil(shape.numel() / _BLOCK),)))
+    found = {
+        key: (value.dtype, tuple(value.shape))
+        for key, value in held.items()
+        if isinstance(value, Tensor) and key != "step"
+    }
+    step = held.get("step")
+    steps = step.numel() if isinstance(step, Tensor) else isinstance(step, int)
+    return found == wanted and steps == 1 and held.keys() == {*wanted, "step"}
+
+
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, named: NamedParameters, tensors: dict[str, Tensor], numbers: dict[str, Any]
 ) -> None:
-    """Put back what `optimizer_state` returned."""
-    place: Callable[[str], int] = {name: number for number, (name, _) in enumerate(named)}.__getitem__
+    """Put back what `optimizer_state` returned.
+
+    Raises:
+        ValueError: it is of other parameters or of another optimizer, whose step would read beyond it.
+    """
+    places = {name: number for number, (name, _) in enumerate(named)}
     state: dict[int, dict[str, Any]] = {}
     for full, value in (*tensors.items(), *numbers.items()):
         name, _, key = full.rpartition("/")
-        state.setdefault(place(name), {})[key] = value
+        if name not in places:
+            raise ValueError(f"holds {shown(full)}, which is no parameter that trains")
+        state.setdefault(places[name], {})[key] = value
+    for number, held in state.items():
+        name, parameter = named[number]
+        if not _fits(held, parameter.shape, isinstance(optimizer, torch.optim.AdamW)):
+            raise ValueError(f"what it holds of {name} {list(parameter.shape)} is not this optimizer's")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

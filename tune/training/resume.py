@@ -14,6 +14,7 @@ from tune.folder import RunFolder
 from tune.progress import Progress
 from tune.recipe.load import load_recipe
 from tune.recipe.schema import Recipe
+from tune.secrets import same_but_hidden
 from tune.training.checkpoint import TrainingState, machine_differences, newest_whole, read_state
 from tune.training.devices import Devices
 
@@ -41,7 +42,8 @@ def check_same(run: RunFolder, recipe: Recipe) -> bool:
     problems, longer = [], False
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)
-        if before == after or any(key == name or key.startswith(name + ".") for name in MAY_CHANGE):
+        # What a secret was is not known any more, and it may have changed since; data and base have fingerprints.
+        if same_but_hidden(before, after) or any(key == name or key.startswith(name + ".") for name in MAY_CHANGE):
             continue
         if key in MAY_GROW and _grows(key, before, after):
             longer = True

@@ -13,6 +13,7 @@ from typing import IO, TYPE_CHECKING, Any
 from tune.data.sources.files import File
 from tune.data.sources.rows import BadRow, Place, Row, printable
 from tune.errors import DataError
+from tune.secrets import redact
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -109,7 +110,7 @@ def _values(batch: pa.RecordBatch, parsers: dict[str, _Parse]) -> Iterator[dict[
 
 def _said(error: BaseException) -> str:
     """What a library said; it may quote the damaged file."""
-    return printable(" ".join(str(error).split())[:160]) or type(error).__name__
+    return printable(" ".join(redact(str(error)).split())[:160]) or type(error).__name__
 
 
 def _made(batch: pa.RecordBatch, parsers: dict[str, _Parse]) -> list[dict[str, Any]]:

@@ -18,7 +18,10 @@ from tune.data.sources.files import BLOCK, File
 from tune.data.sources.lines import LONGEST, split_lines
 from tune.data.sources.rows import BadRow, Place, Row, printable
 from tune.errors import DataError
+from tune.secrets import redact
 
+_BLANK = 5_000_000
+"""Blank lines that are read over; there is no sense in more, and a file may be packed from nothing else."""
 # A number, a sentence, several lines or very many characters.
 _NO_NAME = re.compile(r"[-\d.,\s]+|.*\s.*[.?!]|.*\n.*|.{65,}", re.DOTALL)
 
@@ -41,11 +44,18 @@ def read_csv(file: File, index: int, size: int = BLOCK) -> Iterator[Row | BadRow
     rows = csv.reader(lines, delimiter=lines.separator, strict=True)
     names: list[str] = []
     unnamed = False
+    blank = 0
     number = 1
     while True:
         try:
             for fields in rows:
-                if not names:
+                if not fields:
+                    blank += 1
+                    if blank > _BLANK:
+                        raise DataError(
+                            f"{file.shown}:{number}: holds more than {_BLANK:,} blank lines. Take them out."
+                        )
+                elif not names:
                     if any(field.strip() for field in fields):
                         names = _names(fields, file, number)
                         unnamed = "" in names
@@ -114,6 +124,7 @@ def _names(fields: list[str], file: File, line: int) -> list[str]:
     known = {*QUESTIONS, *ANSWERS, *(column for fmt in FORMATS.values() for column in fmt.columns), *file.named}
     row = next((name for name in named if _NO_NAME.fullmatch(name)), None)
     if row is not None and known.isdisjoint(named):
+        row = redact(row)
         shown = repr(row) if len(row) <= 40 else f"{row[:37]!r}..."
         raise DataError(
             f"{file.shown}:{line}: the first line names the columns, and this one looks like a row ({shown}). "

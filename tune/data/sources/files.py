@@ -21,6 +21,11 @@ from tune.errors import DataError
 BLOCK = 1 << 20
 """Bytes read at a time."""
 
+# A few kilobytes can be packed so that they become terabytes. Text becomes 3 to 20 times as large, and rows that all
+# hold one long list of tools a hundred times, or with Zstandard, whose repeats have no length, a thousand.
+_GROWTH = {".gz": 250, ".zst": 2500}
+_SMALL = 1 << 24
+
 PACKED = {".gz": ("gzip", b"\x1f\x8b"), ".zst": ("Zstandard", b"\x28\xb5\x2f\xfd")}
 """Endings that say how a file is packed, each with the archive's name and its first bytes."""
 
@@ -79,9 +84,18 @@ class File:
     def blocks(self, size: int = BLOCK) -> Iterator[bytes]:
         """The unpacked contents, at most `size` bytes at a time."""
         with self._raw() as raw:
+            growth = _GROWTH.get(self.packing, 0)
+            most = max(_SMALL, growth * os.fstat(raw.fileno()).st_size)
+            unpacked = 0
             try:
                 stream = self._unpacked(raw)
                 while block := stream.read(size):
+                    unpacked += len(block)
+                    if growth and unpacked > most:
+                        raise DataError(
+                            f"{self.shown}: grows more than {growth} times when it is unpacked, which no rows do. "
+                            "Unpack it yourself if it is what it should be."
+                        )
                     yield block
             except (EOFError, zlib.error, gzip.BadGzipFile) as error:
                 raise self._bad_archive(error) from None

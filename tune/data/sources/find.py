@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 from tune.data.sources.files import PACKED, File
+from tune.data.sources.patterns import MOST, TooManyError, expanded
 from tune.data.sources.rows import printable
 from tune.errors import DataError, did_you_mean
 
@@ -108,7 +109,13 @@ def _nothing_in(folder: str, path: str, names: list[str], folders: list[str], ki
 
 def _matching(pattern: str, path: str, kinds: Collection[str], named: frozenset[str]) -> list[File]:
     """The files that a pattern matches, by name; hidden ones, folders and kinds that are not read are left out."""
-    matches = sorted(match for match in glob.glob(pattern, recursive=True) if not os.path.isdir(match))
+    try:
+        matches = sorted(match for match in expanded(pattern) if not os.path.isdir(match))
+    except TooManyError:
+        raise DataError(
+            f"{path}: looks at more than {MOST:,} files and folders. Begin the pattern with the folder that holds the "
+            "rows."
+        ) from None
     readable = [match for match in matches if ending_of(match).kind in kinds]
     if readable:
         return _files(readable, readable, path, named)

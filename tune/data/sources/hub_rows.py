@@ -27,6 +27,10 @@ def is_hub_id(path: str) -> bool:
     return bool(_HUB_ID.fullmatch(path)) and Path(path).suffix.lower() not in FILE_ENDINGS
 
 
+_KINDS = ("json", "csv", "parquet", "arrow", "text", "cache")
+"""The modules of `datasets` that read tables; the last one reads what another has prepared."""
+
+
 class HubSplit:
     """One split of a data set, fetched when it is made.
 
@@ -94,10 +98,24 @@ def _load(source: Source, split: str) -> Any:
     if refused is not None:
         raise DataError(refused)
     try:
+        builder = datasets.load_dataset_builder(source.path, name=source.config, revision=source.revision)
+        _check_kind(source.path, builder)
         return datasets.load_dataset(source.path, name=source.config, split=split, revision=source.revision)
+    except DataError:
+        raise
     # Everything below `load_dataset`, from HTTP to Arrow, raises its own kinds; each ends as one clear message.
     except Exception as error:
         raise DataError(_problem(source, split, error)) from error
+
+
+def _check_kind(name: str, builder: Any) -> None:
+    """Refuse what `datasets` reads with code that goes beyond tables: it takes pickles out of archives, for one."""
+    kind = type(builder).__module__.rpartition(".")[2]
+    if kind not in _KINDS:
+        raise DataError(
+            f"data: {name} holds data of a kind that is not read here ({kind}). Read are {', '.join(_KINDS[:-1])}. "
+            "Save its rows as .jsonl."
+        )
 
 
 def _problem(source: Source, split: str, error: Exception) -> str:

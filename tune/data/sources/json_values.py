@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tune.data.sources.rows import BadRow, Place, Row, printable
+from tune.secrets import redact
 
 TOO_DEEP = "is nested too deeply to be a row of training data"
 
@@ -96,5 +97,5 @@ def _half_pair(value: object) -> str:
 
 
 def _shown(value: object) -> str:
-    text = printable(json.dumps(value, ensure_ascii=False))
+    text = printable(redact(json.dumps(value, ensure_ascii=False)))
     return text if len(text) <= 40 else f"{text[:37]}..."

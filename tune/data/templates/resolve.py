@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tune.data.conversation import BadRowError, Message
 from tune.data.encode import encode_prompt
 from tune.data.templates import TEMPLATES
-from tune.data.templates.jinja_template import GENERATION, JinjaTemplate
+from tune.data.templates.jinja_template import JinjaTemplate
+from tune.data.templates.jinja_writing import GENERATION
 from tune.data.templates.segment import Template
 from tune.errors import DataError, did_you_mean
+from tune.files.foreign import read_plain
+from tune.secrets import holds_secret
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+
+LONGEST = 1 << 20
+"""Bytes of a chat template; those of known models have less than 64 KiB."""
 
 _PROBE = (Message("user", "One?"), Message("assistant", "Two."), Message("user", "Three?"))
 
@@ -78,22 +85,30 @@ def warns_of_other_template(template: Template, tokenizer: PreTrainedTokenizerBa
 
 
 def _own(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The tokenizer's default chat template; a tokenizer may have several by name."""
+    """The tokenizer's default chat template; a tokenizer may have several by name. Raises DataError if it is none."""
     chat_template = tokenizer.chat_template
     if isinstance(chat_template, dict):
         chat_template = chat_template.get("default")
-    return chat_template or None
+    if not chat_template:
+        return None
+    if not isinstance(chat_template, str) or len(chat_template) > LONGEST:
+        what = "is longer than 1 MiB" if isinstance(chat_template, str) else "is no text"
+        raise DataError(f"template tokenizer: the tokenizer's chat template {what}. Copy it again from the original.")
+    return chat_template
 
 
 def _read(name: str) -> str:
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_plain(path, LONGEST, links=True).decode("utf-8")
     except FileNotFoundError:
         names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(f"template {name}: there is no such file.{did_you_mean(path.name, names)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"template {name}: cannot be read as text ({error}). Give the path of a text file.") from None
+    except (OSError, ValueError) as error:  # bytes that are no text, or a path that cannot be one
+        why = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"template {name}: cannot be read as text ({why}). Give the path of a text file.") from None
+    if secret := holds_secret(text.encode(errors="ignore")):
+        raise DataError(f"template {name}: holds {secret}, and would be saved with the adapter. Take it out.")
     if not GENERATION.search(text):
         raise DataError(
             f"template {name}: has no {{% generation %}} blocks, so nothing says what is trained. "

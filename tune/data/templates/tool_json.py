@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tune.data.conversation import BadRowError, Message
+from tune.secrets import redact
 
 
 def tools_json(tools: tuple[Mapping[str, Any], ...]) -> str:
@@ -96,7 +97,7 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    text = redact(repr(value))
     return text if len(text) <= 80 else f"{text[:77]}…"
 
 

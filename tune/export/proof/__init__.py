@@ -40,6 +40,7 @@ from tune.export.proof.stock import with_stock_adapter
 from tune.export.proof.tokenizer import check_tokenizer
 from tune.export.proof.weights import check_weights, expected_shape, open_merged
 from tune.export.subject import Subject
+from tune.files.pickles import pickles_among
 from tune.folder import PROOF, UNPROVEN, file_digest
 from tune.models.shards import Checkpoint, Place
 from tune.models.streamed import compute_device
@@ -115,7 +116,7 @@ def prove(subject: Subject, folder: Path, progress: Progress | None = None) -> P
             "base": subject.provenance["base"]["fingerprint"],
             "data": subject.provenance["data"]["fingerprint"],
             "adapter": file_digest(subject.adapter / "adapter_model.safetensors"),
-            "files": {path.name: file_digest(path) for path in sorted(folder.iterdir()) if _is_proven(path)},
+            "files": {path.name: file_digest(path, True) for path in sorted(folder.iterdir()) if _is_proven(path)},
         },
         "versions": versions(),
     }
@@ -139,5 +140,7 @@ def _same_names(base: Checkpoint, merged: Checkpoint, shape_of: Callable[[str, P
 
 
 def _is_proven(path: Path) -> bool:
-    """Whether a file is a part of the model, and not what is said of it."""
+    """Whether a file is a part of the model, and neither what is said of it nor a pickle, which nothing here opens."""
+    if pickles_among([path.name]):
+        return False
     return path.is_file() and not path.name.startswith(".") and path.name not in (PROOF, UNPROVEN, "README.md")

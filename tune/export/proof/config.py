@@ -11,6 +11,8 @@ from tune.export.words import configs
 
 def check_configs(subject: Subject, folder: Path, reasons: list[str]) -> None:
     """Compare both configs with what they should hold, key by key; add to `reasons` what is wrong."""
+    if subject.recipe.model.trust_remote_code and not subject.trusts(folder):
+        reasons.append("config: the Python code beside it is not the base's, and did not run")
     for name, wanted in configs(subject).items():
         try:
             found = dict(json.loads((folder / name).read_text(encoding="utf-8")))

@@ -135,7 +135,7 @@ def check_logits(
         ModelError: the config.json in the merged folder describes no model, or not that of its weights.
     """
     weights = subject.weights()
-    trusted = subject.recipe.model.trust_remote_code
+    trusted = subject.trusts(folder)
     alone = StreamedModel(read_config(str(folder), trust_remote_code=trusted), str(folder), trusted)
     alone.check(merged)
     runs: dict[str, tuple[StreamedModel, Weights]] = {

@@ -9,9 +9,10 @@ from typing import Any, cast
 
 import torch
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tune.adapters.config_file import peft_config
+from tune.adapters.files import read_config_of, read_tensors
 from tune.adapters.token_rows import trained_tokens
 from tune.errors import ModelError
 from tune.export.subject import Subject
@@ -38,11 +39,10 @@ def with_stock_adapter(subject: Subject, device: torch.device) -> StockModel:
     Raises:
         ModelError: PEFT finds other layers to adapt than the adapter has tensors for.
     """
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
     section = subject.recipe.model
-    config = PeftConfig.from_pretrained(str(subject.adapter))
-    config.inference_mode = True
+    config = peft_config(subject.adapter, read_config_of(subject.adapter))
     base = copy.deepcopy(subject.config)
     base.vocab_size = max([base.vocab_size, *(1 + token for token in trained_tokens(config.trainable_token_indices))])
     streamed = StockModel(base, section.base, section.trust_remote_code)
@@ -50,7 +50,7 @@ def with_stock_adapter(subject: Subject, device: torch.device) -> StockModel:
         warnings.simplefilter("ignore")
         model = PeftModel(streamed.model, config, low_cpu_mem_usage=True)
     model.eval()
-    tensors = load_file(subject.adapter / "adapter_model.safetensors")
+    tensors = read_tensors(subject.adapter)
     streamed.rows = _take_rows(model, streamed, subject, tensors)
     _fill(model, subject.adapter, tensors, device)
     return streamed

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from tune.data.hub import one_line
+from tune.data.templates import sandbox
+from tune.data.templates.jinja_writing import JinjaWriting
 from tune.data.tokenizer import vocabulary_digest
 from tune.export.subject import Subject
 from tune.export.words import answer_ends
@@ -17,8 +19,7 @@ def check_tokenizer(subject: Subject, folder: Path, reasons: list[str]) -> dict[
 
     words = subject.provenance["words"]
     try:
-        options = {"trust_remote_code": subject.recipe.model.trust_remote_code}
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=subject.trusts(folder))
         vocabulary = vocabulary_digest(tokenizer)
         generation = GenerationConfig.from_pretrained(str(folder)).eos_token_id
         written = [_ids(tokenizer, dialogue["messages"]) for dialogue in words["dialogues"]]
@@ -55,4 +56,6 @@ def _listed(ids: int | list[int] | None) -> list[int]:
 
 
 def _ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+    # transformers renders in this process, so the template has to come to an end elsewhere first.
+    sandbox.plain(JinjaWriting("of the merged folder", tokenizer.chat_template, tokenizer.special_tokens_map), messages)
     return [int(id) for id in tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]]

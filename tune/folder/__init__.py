@@ -1,7 +1,8 @@
 """A run's folder: its paths, its lock, its finished mark, and which checkpoint to go on from.
 
 Everything that appears under its final name is whole: files are written beside their place, flushed to the disk
-and renamed; folders likewise. The lock is an flock on an open file, so that it dies with its process.
+and renamed; folders likewise. Texts are written without secrets; bytes, such as weights, as they are. The lock is an
+flock on an open file, so that it dies with its process.
 """
 
 from __future__ import annotations
@@ -20,9 +21,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from tune.errors import RunError, did_you_mean
-from tune.os_errors import explain_os_errors as explain_os_errors
+from tune.files.foreign import open_plain
+from tune.files.os_errors import explain_os_errors as explain_os_errors
+from tune.files.pickles import refuse_foreign
+from tune.folder.places import open_lock, refuse_foreign_file, refuse_foreign_folder
+from tune.folder.records import read_finished, read_manifest, read_provenance
+from tune.secrets import redact, redact_json
 
-_STEP = re.compile(r"step-(\d{6,})")
+_STEP = re.compile(r"step-([0-9]{6}|[1-9][0-9]{6,14})")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 """What PEFT reads of an adapter."""
 PROOF = "merge-proof.json"
@@ -77,10 +83,26 @@ class RunFolder:
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint folder, ascending."""
-        if not self.checkpoints.is_dir():
+        if not self.checkpoints.is_dir() or self.checkpoints.is_symlink():
             return []
-        found = (_STEP.fullmatch(path.name) for path in self.checkpoints.iterdir() if path.is_dir())
+        # What a link leads to is not this run's, and is neither read nor removed.
+        there = (path for path in self.checkpoints.iterdir() if path.is_dir() and not path.is_symlink())
+        found = (_STEP.fullmatch(path.name) for path in there)
         return sorted(int(match[1]) for match in found if match)
+
+    def refuse_links(self) -> None:
+        """Refuse a run whose parts lie elsewhere: what a run reads, writes and removes is in its own folder.
+
+        Raises:
+            RunError: names the first part that is a link, or no file or folder where one belongs.
+        """
+        files = (self.recipe, self.coverage, self.metrics, self.finished, self.provenance)
+        for path in (*files, self.root / ".lock", self.root / ".tracking-id"):
+            refuse_foreign_file(path)
+        refuse_foreign_folder(self.adapter)
+        refuse_foreign_folder(self.checkpoints)
+        for path in sorted(self.checkpoints.iterdir()) if self.checkpoints.is_dir() else ():
+            refuse_foreign_folder(path)
 
     def check_there(self) -> None:
         """Refuse to write into a run whose folder has gone: a new one in its place would hold a piece of a run.
@@ -103,8 +125,8 @@ class RunFolder:
         if not self.finished.is_file():
             return None
         try:
-            return dict(json.loads(self.finished.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+            return read_finished(self.finished)
+        except (OSError, ValueError) as error:
             raise RunError(
                 f"{self.finished}: cannot be read ({error}). Remove it; --resume writes it again."
             ) from error
@@ -116,10 +138,10 @@ class RunFolder:
             RunError: it is not there or cannot be read.
         """
         try:
-            return dict(json.loads(self.provenance.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+            return read_provenance(self.provenance)
+        except (OSError, ValueError) as error:
             raise RunError(
-                f"{self.provenance}: cannot be read, so nothing says what this run was made of. "
+                f"{self.provenance}: cannot be read ({error}), so nothing says what this run was made of. "
                 f"`tune train {self.recipe} --resume` writes it again."
             ) from error
 
@@ -156,6 +178,7 @@ class RunFolder:
             RunError: another process holds it, or the folder cannot be written.
         """
         with explain_os_errors(self.root):
+            self.refuse_links()
             ours = [folder for folder in (self.root, *self.root.parents) if not folder.exists()]
             handle = self._take_lock()
         with handle:
@@ -172,7 +195,7 @@ class RunFolder:
                 self.root.mkdir(parents=True, exist_ok=True)
             except FileNotFoundError:  # as /proc answers
                 raise RunError(f"{self.root}: no folder can be made there. Change the recipe's output.") from None
-            handle = open(path, "a")  # noqa: SIM115  held for the whole run
+            handle = open_lock(path)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -198,15 +221,22 @@ class RunFolder:
         """Remove what a killed process left half written."""
         for folder in (self.root, self.checkpoints):
             for path in folder.glob(".unfinished-*"):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def folder_of(path: str | Path) -> tuple[RunFolder, Path]:
     """Return the run that `path` means (a run folder or one of its checkpoints), and the adapter folder in it.
 
     Raises:
-        RunError: there is no run, or nothing of it to use yet.
+        RunError: there is no run, nothing of it to use yet, a part of it is a link, or a pickle lies in it.
     """
+    run, adapter = _folder_of(path)
+    run.refuse_links()
+    refuse_foreign(adapter)
+    return run, adapter
+
+
+def _folder_of(path: str | Path) -> tuple[RunFolder, Path]:
     given = Path(path).expanduser()
     # Unlike pathlib, os.path takes a prompt in the place of a folder, however long, for a name that is not there.
     if not os.path.exists(given):
@@ -239,9 +269,18 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def _bytes(name: str, content: bytes | str) -> bytes:
+    """What is written of a content: of a text, secrets are hidden, and of a JSON text no number is taken for one."""
+    if isinstance(content, bytes):
+        return content
+    if name.endswith(".yaml"):  # a recipe, whose secrets are hidden value by value
+        return content.encode()
+    return (redact_json(content) if name.endswith((".json", ".jsonl")) else redact(content)).encode()
+
+
 def write_file(path: Path, content: bytes | str) -> None:
-    """Write a whole file under its name, or nothing."""
-    data = content.encode() if isinstance(content, str) else content
+    """Write a whole file under its name, or nothing; a text without the secrets in it."""
+    data = _bytes(path.name, content)
     descriptor, name = tempfile.mkstemp(prefix=".unfinished-", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as handle:
@@ -257,7 +296,7 @@ def write_file(path: Path, content: bytes | str) -> None:
 
 
 def write_folder(path: Path, files: Mapping[str, bytes | str], manifest: bool = False) -> None:
-    """Write a whole folder under its name, or nothing; one already there is replaced.
+    """Write a whole folder under its name, or nothing; one already there is replaced. Texts lose the secrets in them.
 
     With `manifest`, a file of that name holds the SHA-256 of every other, for `whole`.
     """
@@ -265,7 +304,7 @@ def write_folder(path: Path, files: Mapping[str, bytes | str], manifest: bool = 
     new = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=path.parent))
     try:
         os.chmod(new, 0o755)
-        data = {name: content.encode() if isinstance(content, str) else content for name, content in files.items()}
+        data = {name: _bytes(name, content) for name, content in files.items()}
         if manifest:
             digests = {name: hashlib.sha256(content).hexdigest() for name, content in data.items()}
             data[MANIFEST] = (json.dumps(digests, indent=1) + "\n").encode()
@@ -289,9 +328,14 @@ def write_folder(path: Path, files: Mapping[str, bytes | str], manifest: bool = 
         raise
 
 
-def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file, in hex."""
-    with open(path, "rb") as file:
+def file_digest(path: Path, links: bool = False) -> str:
+    """Return the SHA-256 of a file, in hex; `links` says whether its name may be a link.
+
+    Raises:
+        ValueError: it is a link, or no plain file.
+        OSError: it cannot be read.
+    """
+    with open_plain(path, links) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -321,7 +365,7 @@ def check_unchanged(run: RunFolder, adapter: Path) -> None:
 def whole(path: Path) -> bool:
     """Whether a folder written with a manifest is still as it was written."""
     try:
-        digests: dict[str, str] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        return bool(digests) and all(file_digest(path / name) == digest for name, digest in digests.items())
-    except (OSError, ValueError, AttributeError):
+        digests = read_manifest(path / MANIFEST)
+        return all(file_digest(path / name) == digest for name, digest in digests.items())
+    except (OSError, ValueError):
         return False

@@ -1,0 +1,1 @@
+"""What somebody else's files may not do."""
