@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
@@ -81,7 +82,7 @@ def train(recipe: Recipe, resume: bool = False, progress: Progress | None = None
     if refused:
         raise RecipeError(refused)
     assert recipe.output is not None
-    run, devices = RunFolder(Path(recipe.output)), Devices()
+    run, devices = RunFolder(Path(os.path.expanduser(recipe.output))), Devices()
     heard = progress if progress is not None and devices.is_main else Progress()
     with ending_together(devices.rank, devices.processes, str(run.root)):
         check_alike(devices, recipe, resume)

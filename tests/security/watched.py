@@ -110,7 +110,9 @@ class _Notes:
         elif event in _NAMES:
             for place, folder in _NAMES[event]:
                 if isinstance(path := arguments[place], str | bytes | os.PathLike):
-                    self.seen.changed.add(_name(os.fsdecode(path), -1 if folder is None else arguments[folder]))
+                    name = _name(os.fsdecode(path), -1 if folder is None else arguments[folder])
+                    if not _is_harmless(name):
+                        self.seen.changed.add(name)
         elif event == "import":
             self.seen.imported.add(str(arguments[0]))
         elif event.startswith(_STARTS) and _CONFINED not in repr(arguments):

@@ -251,7 +251,8 @@ def test_one_changed_bit_in_the_newest_adapter_sends_the_resume_to_the_checkpoin
     file.write_bytes(content)
     listener = Listener()
     train(recipe, resume=True, progress=listener)
-    assert f"{run.checkpoint(6)} is damaged and is passed over" in listener.said
+    why = "adapter_model.safetensors is not as it was written"
+    assert f"{run.checkpoint(6)} is damaged ({why}) and is passed over" in listener.said
     assert "resume from step 3" in listener.said
     assert outcome(run) == whole
 

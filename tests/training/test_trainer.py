@@ -233,3 +233,11 @@ def test_the_template_of_the_only_source_is_saved_answered_with_and_proven(tmp_p
     assert load_recipe(tmp_path / "run" / "recipe.yaml").data.template == "vicuna"
     assert load_run(tmp_path / "run").template.name == "vicuna"
     assert merge(tmp_path / "run").proof.holds
+
+
+def test_a_home_in_the_output_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    train(tiny_recipe(tmp_path, output="~/in-the-home", train__max_steps=1))
+    assert (tmp_path / "in-the-home" / "adapter").is_dir()
+    assert not (tmp_path / "~").exists()

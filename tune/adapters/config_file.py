@@ -63,6 +63,16 @@ def _revision(text: str) -> str:
     return text
 
 
+def _start(value: str) -> str:
+    """Refuse what also changes the base: PEFT changes it again on loading, and the tensors fit that one alone."""
+    if value.partition("_")[0] in ("pissa", "olora", "corda", "loftq"):
+        raise ValueError(
+            "is of an adapter that fits a base changed at its start; `save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=...)` of PEFT makes it one of the base itself"
+        )
+    return value
+
+
 def _nothing(value: Any) -> Any:
     if value:
         raise ValueError("must be empty: this version does not use it")
@@ -101,7 +111,7 @@ class _AdapterConfig(BaseModel):
     fan_in_fan_out: bool | None = None
     bias: Literal["none", "all", "lora_only"] | None = None
     use_rslora: bool | None = None
-    init_lora_weights: bool | Annotated[str, Field(pattern=r"^\w{1,40}$")] | None = None
+    init_lora_weights: bool | Annotated[str, Field(pattern=r"^\w{1,40}$"), AfterValidator(_start)] | None = None
     layers_to_transform: _Layer | Annotated[list[_Layer], Field(max_length=10_000)] | None = None
     layers_pattern: _Name | _Names | None = None
     rank_pattern: Annotated[dict[str, _Rank], Field(max_length=_MOST_PATTERNS), AfterValidator(_patterns)] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from tune.adapters.files import read_config_of, read_shapes
@@ -28,6 +29,8 @@ def find_start(source: str) -> Path:
     """
     folder = local_folder(source, "adapter.start_from")
     if folder is None:
+        from huggingface_hub import is_offline_mode
+
         names = ("adapter_config.json", "adapter_model.safetensors")
         found = {name: fetch(source, name, key="adapter.start_from") for name in names}
         for name, path in found.items():
@@ -38,7 +41,8 @@ def find_start(source: str) -> Path:
                 )
         config = found["adapter_config.json"]
         assert config is not None
-        fetch(source, "tokenizer.json", key="adapter.start_from")  # says what its added tokens are, if it has some
+        with contextlib.suppress(ModelError) if is_offline_mode() else contextlib.nullcontext():
+            fetch(source, "tokenizer.json", key="adapter.start_from")  # says what its added tokens are, if it has some
         folder = config.parent
     elif not (folder / "adapter_config.json").is_file() and (folder / "recipe.yaml").is_file():
         _, folder = folder_of(folder)

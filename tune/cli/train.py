@@ -145,7 +145,7 @@ def train(recipe_path: str, overrides: list[str], resume: bool, quiet: bool) -> 
     if refused:
         raise RecipeError(refused)  # before torch is imported, which takes seconds
     if os.environ.get("WORLD_SIZE", "1") == "1":
-        run = RunFolder(Path(str(recipe.output)))
+        run = RunFolder(Path(os.path.expanduser(str(recipe.output))))
         with explain_os_errors(run.root):
             run.check_start(resume)
         check_places(recipe.data)

@@ -362,10 +362,21 @@ def check_unchanged(run: RunFolder, adapter: Path) -> None:
             )
 
 
-def whole(path: Path) -> bool:
-    """Whether a folder written with a manifest is still as it was written."""
+def damage(path: Path) -> str | None:
+    """Say what of a folder written with a manifest is no longer as it was written; None where all of it is."""
     try:
         digests = read_manifest(path / MANIFEST)
-        return all(file_digest(path / name) == digest for name, digest in digests.items())
     except (OSError, ValueError):
-        return False
+        return f"its {MANIFEST} cannot be read"
+    for name, digest in digests.items():
+        try:
+            if file_digest(path / name) != digest:
+                return f"{name} is not as it was written"
+        except (OSError, ValueError):
+            return f"{name} is missing or cannot be read"
+    return None
+
+
+def whole(path: Path) -> bool:
+    """Whether a folder written with a manifest is still as it was written."""
+    return damage(path) is None

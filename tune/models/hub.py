@@ -89,7 +89,8 @@ def local_folder(base: str, key: str = "model.base") -> Path | None:
         raise ModelError(f"{key}: {base} is a file. Give the folder that holds it.")
     if base.startswith((".", "/", "~")) or base.count("/") != 1:
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise ModelError(f"{key}: {base} does not exist.{did_you_mean(path.name, siblings)}")
+        start = "" if path.is_absolute() else " Paths start at the working directory, those of a run's recipe too."
+        raise ModelError(f"{key}: {base} does not exist.{did_you_mean(path.name, siblings)}{start}")
     return None
 
 

@@ -10,7 +10,7 @@ import json
 from typing import Any
 
 from tune.errors import RunError
-from tune.folder import RunFolder
+from tune.folder import RunFolder, damage
 from tune.progress import Progress
 from tune.recipe.load import load_recipe
 from tune.recipe.schema import Recipe
@@ -113,7 +113,7 @@ def find_checkpoint(run: RunFolder, data: str, base: str, progress: Progress) ->
     """
     step, damaged = newest_whole(run)
     for number in damaged:
-        progress.warn(f"{run.checkpoint(number)} is damaged and is passed over")
+        progress.warn(f"{run.checkpoint(number)} is damaged ({damage(run.checkpoint(number))}) and is passed over")
     if step is None:
         progress.line(f"resume from step 0: {'no undamaged checkpoint' if damaged else 'no checkpoint yet'}")
         return None
