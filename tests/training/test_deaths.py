@@ -403,11 +403,11 @@ def test_a_resume_names_the_damaged_checkpoint_and_uses_the_one_before(saved: Pa
     listener = Listener()
     train(recipe, resume=True, progress=listener)
     passed = [line for line in listener.said if "damaged" in line]
-    for line, step in zip(passed, (6, 4), strict=True):
-        assert line.startswith(f"{run.checkpoint(step)} is damaged (")
+    for line, number in zip(passed, (6, 4), strict=True):
+        assert line.startswith(f"{run.checkpoint(number)} is damaged (")
         assert line.endswith(") and is passed over")
         assert name in line or name == "manifest.json", "another file is then not as it says"
-    assert "resume from step 2" in listener.said
+    assert "resume from number 2" in listener.said
     final = (run.adapter / "adapter_model.safetensors").read_bytes()
     assert final == (saved / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
 
