@@ -407,7 +407,7 @@ def test_a_resume_names_the_damaged_checkpoint_and_uses_the_one_before(saved: Pa
         assert line.startswith(f"{run.checkpoint(number)} is damaged (")
         assert line.endswith(") and is passed over")
         assert name in line or name == "manifest.json", "another file is then not as it says"
-    assert "resume from number 2" in listener.said
+    assert "resume from step 2" in listener.said
     final = (run.adapter / "adapter_model.safetensors").read_bytes()
     assert final == (saved / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
 
