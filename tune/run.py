@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tune.errors import RecipeError, RunError, UntrustworthyError, UserError
 from tune.folder import ADAPTER_FILES, RunFolder, explain_os_errors, file_digest, whole, write_file
 from tune.recipe.later import refusals
-from tune.recipe.load import load_recipe, recipe_to_yaml
+from tune.recipe.load import hidden_keys, load_recipe, recipe_to_yaml
 from tune.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -297,6 +297,11 @@ def _tell(
     progress.line(f"steps {trainer.total}, {batch:,} examples each")
     for warning in report.warnings():
         progress.warn(warning)
+    if hidden := hidden_keys(job.recipe):
+        progress.warn(
+            f"{', '.join(hidden)}: {job.run.recipe} has *** in the place of a secret. To train by that file, write it "
+            "there again"
+        )
     for reason in base.declined:
         progress.warn(f"attention: {reason}, so {base.attention} is used")
     if batch < job.recipe.train.batch_size:

@@ -67,6 +67,8 @@ def test_training_and_its_errors_leave_no_secret_anywhere(desk: Path, tmp_path: 
     planted = [desk / "recipe.yaml", desk / "rows", desk / "rows.jsonl"]
     assert leaks(desk, tmp_path / "cache", printed, planted_in=planted) == []
     assert HIDDEN in (desk / "run/recipe.yaml").read_text()
+    assert "data.train.0.path" in printed
+    assert "run/recipe.yaml has *** in the place of a secret" in printed
     assert HIDDEN in json.loads((desk / "run/provenance.json").read_text())["examples"][0]["row"]
     assert "#" not in (desk / "run/recipe.yaml").read_text().partition("model:")[2], "comments stay at home"
 
@@ -84,7 +86,10 @@ def test_a_run_whose_recipe_held_a_secret_goes_on_with_a_new_one(
     rotated = Path("rows", *(f"rotated{number}" for number in range(len(FOLDERS.parts) - 1)))
     shutil.copytree(desk / FOLDERS, desk / rotated)
     assert _run([*longer, "train.max_steps=4", f"data.train=[{rotated}/train.jsonl]"]) == 0
-    assert capfd.readouterr() == ("", "")
+    out, told = capfd.readouterr()
+    assert out == ""
+    assert {line.partition(":")[0] for line in told.splitlines()} == {"warning"}
+    assert told.count("run/recipe.yaml has *** in the place of a secret") == 2
     write_rows(desk / rotated / "train.jsonl", 39)
     assert _run([*longer, "train.max_steps=5", f"data.train=[{rotated}/train.jsonl]"]) == 2
     assert "the data has changed since this run began" in capfd.readouterr().err

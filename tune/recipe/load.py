@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,22 @@ def recipe_to_yaml(recipe: Recipe) -> str:
                 for source in values["data"][key]
             ]
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+
+
+def hidden_keys(recipe: Recipe) -> list[str]:
+    """The keys, dotted, in whose place `recipe_to_yaml` writes `***` for a secret."""
+
+    def leaves(value: Any, key: str) -> Iterator[str]:
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                yield from leaves(inner, f"{key}.{name}" if key else str(name))
+        elif isinstance(value, list):
+            for number, inner in enumerate(value):
+                yield from leaves(inner, f"{key}.{number}")
+        elif redact_all(value) != value:
+            yield key
+
+    return list(leaves(recipe.model_dump(mode="json"), ""))
 
 
 def json_schema() -> dict[str, Any]:
