@@ -9,12 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.hub import COMMIT, standing_in
 from tests.training.jobs import tiny_recipe, write_rows
 from tune.recipe.load import load_recipe
 from tune.run import train
 
 
+@pytest.mark.slow
 def test_a_run_takes_base_data_and_adapter_from_the_hub_and_then_works_offline(tmp_path: Path) -> None:
     first = train(tiny_recipe(tmp_path, train__max_steps=2))
     data = tmp_path / "data"

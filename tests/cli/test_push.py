@@ -53,6 +53,7 @@ def test_a_dry_run_shows_all_and_sends_nothing(hub: StandIn, capfd: pytest.Captu
     assert "warning: the base's name on the Hub is not known" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_dry_run_in_a_fresh_process_asks_nothing_and_shows_no_secret(finished: Path, tmp_path: Path) -> None:
     with standing_in({"owner/tiny": finished / "base"}, {}) as hub:
         environment = {**os.environ, **hub.environment(tmp_path / "home"), "HF_TOKEN": TOKEN, "PYTHONPATH": str(ROOT)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from torch import Tensor
 
 from tests.distributed.ranks import FSDP, finish, logged, logs, start_work
 from tests.distributed.shortage import no_room, noting_rows, tokens
-from tests.tiny import write_model
 from tests.training.jobs import tiny_recipe, write_rows
 from tests.training.test_out_of_memory import LONGEST, TIMES, adapter, state
 from tune.cli.main import _run
@@ -214,7 +212,8 @@ def test_an_evaluation_is_done_again_in_shorter_rows(
     assert losses == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("recompute", ["full", pytest.param("auto", marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", ["full", "auto"])
 def test_a_longest_example_that_does_not_fit_ends_all_with_one_message(recompute: str, tmp_path: Path) -> None:
     tiny_recipe(tmp_path, "mixtral", train__micro_batch_tokens=500, train__recompute=recompute, **MIXTURE)
 
@@ -265,27 +264,24 @@ def test_a_gather_that_fails_itself_ends_all(tmp_path: Path) -> None:
     assert "memory ran out" in line
 
 
-@pytest.mark.slow
 def test_a_real_allocator_fails_and_all_go_on(tmp_path: Path) -> None:
-    """The second process's address space ends soon after what it has."""
-    write_rows(tmp_path / "train.jsonl", 80)
-    write_rows(tmp_path / "eval.jsonl", 1)
-    long = {"train__micro_batch_tokens": 100_000, "train__batch_size": 80, "train__max_steps": 2}
-    base = write_model(tmp_path / "wide", "mistral", intermediate_size=4096)
-    tiny_recipe(tmp_path, base=base, model__quantization="none", **long)
+    """The second process's second layer asks PyTorch's allocator for more than any machine has.
+
+    A limit of the address space would do more than that: gloo's own threads end the process where they get nothing.
+    """
+    tiny_recipe(tmp_path, train__micro_batch_tokens=500, train__max_steps=2)
 
     def fails() -> None:
-        plain = trainer.Trainer.run
+        plain = trainer.Trainer.__init__
 
-        def limited(self: trainer.Trainer) -> Any:
-            if on(1):
-                pages = int(Path("/proc/self/statm").read_text().split()[0])
-                limit = pages * resource.getpagesize() + 150_000_000
-                resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-            return plain(self)
+        def init(self: trainer.Trainer, *args: Any) -> None:
+            plain(self, *args)
+            self.network.model.layers[1].mlp.register_forward_pre_hook(
+                lambda *_: torch.empty(2**55, dtype=torch.uint8) if too_long() and on(1) else None
+            )
 
-        trainer.Trainer.run = limited  # type: ignore[method-assign]
+        trainer.Trainer.__init__ = init  # type: ignore[method-assign]
 
     assert run(["train", str(tmp_path / "recipe.yaml")], tmp_path, "log", 2, fails) == [0, 0], logs(tmp_path / "log", 2)
     assert "warning: memory ran out at a row of" in (tmp_path / "log.0").read_text()
-    assert state(tmp_path / "run", 2)["shortened_from"] == 100_000
+    assert state(tmp_path / "run", 2)["shortened_from"] == 500

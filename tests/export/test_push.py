@@ -81,6 +81,7 @@ json.dump(answers, open("answers.json", "w"))
 """
 
 
+@pytest.mark.slow
 def test_what_is_published_is_loaded_by_its_own_card_and_answers_as_the_run_did(
     run: RunFolder, hub: StandIn, tmp_path: Path
 ) -> None:
