@@ -23,8 +23,8 @@ def fork(work: Callable[[], int | None], output: Path | None = None) -> int:
     if child:
         return child
     code = 1
-    # A pool of threads does not outlive a fork. torch makes another when it is first asked for, but not safely where two
-    # of its own threads ask at once.
+    # A pool of threads does not outlive a fork. torch makes another when it is first asked for, but not safely where
+    # two of its own threads ask at once.
     torch.set_num_threads(torch.get_num_threads())
     try:
         if output is not None:

@@ -36,7 +36,7 @@ def test_memory_and_time_stay_flat(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_leak_is_seen(tmp_path: Path, endurance: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each step keeps a tensor of 400 kB, more than free lists hold for long, and takes a little longer than the one before."""
+    """Each step keeps 400 kB, more than free lists hold for long, and takes a little longer than the one before."""
     import time
 
     import torch
