@@ -609,3 +609,26 @@ def test_digests_are_of_the_content_alone(recipe, tokenizer):
     assert other.digests[0].tolist() == other.digests[1].tolist()
     assert other.column("content")[0].tolist() != other.column("content")[1].tolist()
     assert other.source.tolist() == [0, 1]
+
+
+def test_a_lock_that_was_removed_while_waited_for_is_taken_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As its holder removes it at the end: the next one to come makes another, which both must wait at."""
+    import fcntl
+
+    from tune.data import cache
+
+    path, plain, taken = tmp_path / "entry.lock", fcntl.flock, []
+
+    def flock(file: Any, how: int) -> None:
+        plain(file, how)
+        taken.append(how)
+        if len(taken) == 1:
+            path.unlink()
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with cache._lock(path):
+        assert len(taken) == 2
+        assert path.exists()
+    assert not path.exists()

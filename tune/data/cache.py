@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 from uuid import uuid4
 
 from tune.data.examples import Stored, Where
@@ -183,17 +183,29 @@ def _lock(path: Path) -> Iterator[None]:
     """Wait for whoever writes the same entry; the lock dies with its process."""
     import fcntl
 
-    with writing(path.parent):
-        file = path.open("w")
-    with file:
+    while True:
+        with writing(path.parent):
+            file = path.open("w")
         # A file system without locks: two may write the same entry, and the first rename counts.
         with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
+        if _is_at(path, file):
+            break
+        file.close()  # whoever had it before has removed it, and the next one already waits at another
+    with file:
         try:
             yield
         finally:
             with suppress(OSError):
                 path.unlink()
+
+
+def _is_at(path: Path, file: IO[str]) -> bool:
+    """Whether an open file still has its name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except OSError:
+        return False
 
 
 def _remove(entry: Path) -> None:
