@@ -611,9 +611,7 @@ def test_digests_are_of_the_content_alone(recipe, tokenizer):
     assert other.source.tolist() == [0, 1]
 
 
-def test_a_lock_that_was_removed_while_waited_for_is_taken_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lock_removed_while_it_was_waited_for_is_taken_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As its holder removes it at the end: the next one to come makes another, which both must wait at."""
     import fcntl
 
@@ -621,8 +619,8 @@ def test_a_lock_that_was_removed_while_waited_for_is_taken_anew(
 
     path, plain, taken = tmp_path / "entry.lock", fcntl.flock, []
 
-    def flock(file: Any, how: int) -> None:
-        plain(file, how)
+    def flock(file: object, how: int) -> None:
+        plain(file, how)  # type: ignore[arg-type]
         taken.append(how)
         if len(taken) == 1:
             path.unlink()
